@@ -1,0 +1,87 @@
+"""Configuration of an engine: frozen, resolved once, never written back to. Knows neither torch nor transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+POLICIES = ("fcfs", "lpm", "priority")
+ATTENTION_BACKENDS = ("auto", "cpu", "torch")
+
+
+@dataclass(frozen=True)
+class FaultInjection:
+    """Switches that force rare paths, for tests: the outputs must not change.
+
+    Attributes:
+        retract_every: retract one running request every so many steps (0: never).
+        force_miss: treat every prefix lookup as a miss.
+        check_integrity: verify every invariant of the pool and the prefix tree after each step.
+    """
+
+    retract_every: int = 0
+    force_miss: bool = False
+    check_integrity: bool = False
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine runs a model.
+
+    Attributes:
+        page_size: tokens in one page of the KV cache.
+        num_pages: pages in the pool; None sizes the pool from `memory_fraction` of the device's free memory.
+        memory_fraction: share of the device's free memory that the pool may take when `num_pages` is None.
+        max_num_seqs: requests that may run at once.
+        max_num_batched_tokens: token budget of one step (decode tokens and prefill chunks together).
+        max_prefill_chunk: most tokens of one request in one step; None means the whole step budget.
+        policy: order of the waiting queue: "fcfs", "lpm" (longest prefix match first) or "priority".
+        enable_prefix_cache: share KV between requests with a common prefix.
+        attention_backend: "auto", "cpu" (the C++ op) or "torch".
+        fused: run plain dense Llama-like models through the fused CPU decoder where it applies.
+        pack_weights: keep a second, pre-packed copy of plain dense weights for fast CPU matrix products:
+            True, False, or "auto" (where memory allows).
+        faults: forced faults, for tests.
+
+    Raises:
+        ValueError: for a value out of range; the message says which values are allowed.
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    memory_fraction: float = 0.5
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_prefill_chunk: int | None = None
+    policy: str = "lpm"
+    enable_prefix_cache: bool = True
+    attention_backend: str = "auto"
+    fused: bool = True
+    pack_weights: bool | str = "auto"
+    faults: FaultInjection = field(default_factory=FaultInjection)
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "max_num_seqs", "max_num_batched_tokens", "num_pages", "max_prefill_chunk"):
+            value = getattr(self, name)
+            if value is None and name in ("num_pages", "max_prefill_chunk"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ValueError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.attention_backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"attention_backend must be one of {', '.join(ATTENTION_BACKENDS)}, got {self.attention_backend!r}")
+        if self.pack_weights not in (True, False, "auto"):
+            raise ValueError(f"pack_weights must be True, False or 'auto', got {self.pack_weights!r}")
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
+        """Build a config from keyword arguments; an unknown one raises a ValueError that lists the known ones."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise ValueError(f"unknown engine option(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**kwargs)

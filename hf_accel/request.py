@@ -1,0 +1,81 @@
+"""One request's host state: its tokens and how far they are computed. Written by the Scheduler alone."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from hf_accel.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands. A request ends exactly once, in one of the last three."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the request will never be scheduled again."""
+        return self in (RequestStatus.FINISHED, RequestStatus.ABORTED, RequestStatus.FAILED)
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt, its output so far, and one counter that chases their length.
+
+    Attributes:
+        request_id: unique in its engine.
+        token_ids: prompt and output, in order.
+        num_prompt_tokens: how many of them are the prompt.
+        params: what to sample.
+        namespace: radix namespace (weight version, adapter state, user salt): only equal ones share KV.
+        max_total_tokens: prompt and output together never exceed this.
+        eos_token_ids: ids that end the request (empty when it ignores eos).
+        priority: smaller runs first under the "priority" policy.
+        external_sampling: the caller samples: logits are handed out, and the next token comes back by `feed`.
+        logits_from: first position whose logits are needed (prompt scoring); None: only the last one's.
+        num_computed_tokens: tokens whose KV is in the pool.
+        num_cached_tokens: tokens that the prefix cache served at the first admission.
+        slot: row in the device page table while running.
+        error: why it failed.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    namespace: Hashable = None
+    max_total_tokens: int = 1 << 30
+    eos_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    external_sampling: bool = False
+    logits_from: int | None = None
+    num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None
+    slot: int | None = None
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str | None = None
+    error: BaseException | None = None
+    arrival: int = 0
+    num_retractions: int = 0
+    page_keys: list[tuple[int, ...]] = field(default_factory=list, repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens known so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Known tokens that are not computed yet."""
+        return len(self.token_ids) - self.num_computed_tokens

@@ -1,0 +1,43 @@
+"""The message from policy to mechanism: what one step computes. Frozen, plain ints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """One request's share of a step.
+
+    Attributes:
+        request_id: whose.
+        slot: its row in the page table, [0, max_num_seqs).
+        token_ids: tokens to compute now.
+        start: position of the first of them.
+        page_updates: (index, page id) pairs to write in the row's page table before the step.
+        num_logits: how many of the last tokens need logits (0: a prefill chunk that does not reach the end).
+    """
+
+    request_id: int
+    slot: int
+    token_ids: tuple[int, ...]
+    start: int
+    page_updates: tuple[tuple[int, int], ...]
+    num_logits: int
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """One step.
+
+    Attributes:
+        requests: in batch order.
+        num_tokens: tokens in the step, over all requests.
+        retracted: ids sent back to the waiting queue because pages ran out.
+        failed: ids of requests that can never fit; their error is on the request.
+    """
+
+    requests: tuple[ScheduledRequest, ...]
+    num_tokens: int
+    retracted: tuple[int, ...] = ()
+    failed: tuple[int, ...] = ()
