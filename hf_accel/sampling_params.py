@@ -64,7 +64,12 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
         _check(self.n >= 1, "n", self.n, "at least 1")
-        _check(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        _check(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "0 (greedy) or more",
+        )
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
@@ -74,10 +79,20 @@ class SamplingParams:
         _check(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", self.max_tokens, "0 or more, or None")
         _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
         if self.max_tokens is not None:
-            _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
+            _check(
+                self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                self.min_tokens,
+                f"at most max_tokens={self.max_tokens}",
+            )
         _check(all(self.stop), "stop", self.stop, "non-empty strings")
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or more, or None")
-        _check(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", self.prompt_logprobs, "0 or more, or None")
+        _check(
+            self.prompt_logprobs is None or self.prompt_logprobs >= 0,
+            "prompt_logprobs",
+            self.prompt_logprobs,
+            "0 or more, or None",
+        )
 
     @property
     def greedy(self) -> bool:

@@ -44,7 +44,16 @@ def build() -> Path:
     sources = sorted(SOURCES.glob("*.cpp"))
     if not sources:
         raise RuntimeError("no C++ sources are installed")
-    flags = [*_arch_flags(), "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
+    flags = [
+        *_arch_flags(),
+        "-O3",
+        "-std=c++17",
+        "-fopenmp",
+        "-shared",
+        "-fPIC",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+    ]
     digest = hashlib.sha256()
     for path in sorted([*sources, *SOURCES.glob("*.h")]):
         digest.update(path.read_bytes())
@@ -55,7 +64,9 @@ def build() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         scratch = Path(folder) / target.name
-        result = subprocess.run([compiler, *flags, *map(str, sources), "-o", str(scratch)], capture_output=True, text=True)
+        result = subprocess.run(
+            [compiler, *flags, *map(str, sources), "-o", str(scratch)], capture_output=True, text=True
+        )
         if result.returncode:
             raise RuntimeError(f"{compiler} failed: {result.stderr.strip()[-2000:]}")
         scratch.replace(target)
