@@ -8,9 +8,10 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
+
 from hf_accel.engine import weights
 from hf_accel.engine.weights import WeightTracker
-from torch import nn
 
 
 def _backward(model: nn.Module) -> None:
