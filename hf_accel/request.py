@@ -41,7 +41,10 @@ class Request:
         logits_from: first position whose logits are needed (prompt scoring); None: only the last one's.
         num_computed_tokens: tokens whose KV is in the pool.
         num_cached_tokens: tokens that the prefix cache served at the first admission.
+        awaiting_token: its logits were handed out and the caller has not fed the next token yet.
         slot: row in the device page table while running.
+        admission: order in which it last began to run; the newest is retracted first.
+        page_updates: page-table changes that the next step must carry.
         error: why it failed.
     """
 
@@ -57,7 +60,10 @@ class Request:
     logits_from: int | None = None
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None
+    awaiting_token: bool = False
     slot: int | None = None
+    admission: int = 0
+    page_updates: list[tuple[int, int]] = field(default_factory=list, repr=False)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None
     error: BaseException | None = None
