@@ -97,7 +97,9 @@ class Scheduler:
         if not self.running and not self.waiting:
             self._reserve_ratio = INITIAL_RESERVE_RATIO
         requests = tuple(step.scheduled.values())
-        return SchedulerOutput(requests, sum(len(r.token_ids) for r in requests), tuple(step.retracted), tuple(step.failed))
+        return SchedulerOutput(
+            requests, sum(len(r.token_ids) for r in requests), tuple(step.retracted), tuple(step.failed)
+        )
 
     def update(self, output: SchedulerOutput, sampled: Mapping[int, int]) -> None:
         """Advance the step's requests; append the token of each natively sampled one that reached its end."""

@@ -1,0 +1,66 @@
+"""The generate seam: `_sample` of a model's class, where greedy search and sampling both arrive with everything prepared.
+
+Installed once per class, opted into per instance, removed with the last instance. Beam search, assisted decoding and the
+rest never reach it. Knows nothing of engines: what runs instead is handed in.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+SampleFunction = Callable[..., Any]
+"""`run(model, original, *args, **kwargs)`: the replacement; `original(*args, **kwargs)` is HF's bound `_sample`."""
+
+_lock = threading.Lock()
+_instances: dict[type, dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]]] = {}
+_MISSING = object()
+_displaced: dict[type, Any] = {}
+
+
+def install(model: PreTrainedModel, run: SampleFunction) -> None:
+    """Send this model's `_sample` calls to `run`. Other models of its class are not touched."""
+    cls = type(model)
+    with _lock:
+        if cls not in _instances:
+            _instances[cls] = {}
+            _displaced[cls] = cls.__dict__.get("_sample", _MISSING)
+            cls._sample = _dispatching(cls._sample, _instances[cls])
+        _instances[cls][id(model)] = (weakref.ref(model, lambda _, c=cls, i=id(model): _remove(c, i)), run)
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Undo `install`; the class is left as it was found once its last model is gone. Unknown models are ignored."""
+    _remove(type(model), id(model))
+
+
+def _remove(cls: type, key: int) -> None:
+    with _lock:
+        entries = _instances.get(cls)
+        if entries is None or entries.pop(key, None) is None or entries:
+            return
+        del _instances[cls]
+        old = _displaced.pop(cls)
+        if old is _MISSING:
+            del cls._sample
+        else:
+            cls._sample = old
+
+
+def _dispatching(
+    original: Callable[..., Any], entries: dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]]
+) -> Callable[..., Any]:
+    @functools.wraps(original)  # HF inspects the signature
+    def _sample(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        entry = entries.get(id(self))
+        bound = functools.partial(original, self)
+        if entry is None or entry[0]() is not self:
+            return bound(*args, **kwargs)
+        return entry[1](self, bound, *args, **kwargs)
+
+    return _sample
