@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 SampleFunction = Callable[..., Any]
 """`run(model, original, *args, **kwargs)`: the replacement; `original(*args, **kwargs)` is HF's bound `_sample`."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a weakref callback may fire while it is held
 _instances: dict[type, dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]]] = {}
 _MISSING = object()
 _displaced: dict[type, Any] = {}
@@ -31,12 +31,16 @@ def install(model: PreTrainedModel, run: SampleFunction) -> None:
             _instances[cls] = {}
             _displaced[cls] = cls.__dict__.get("_sample", _MISSING)
             cls._sample = _dispatching(cls._sample, _instances[cls])
-        _instances[cls][id(model)] = (weakref.ref(model, lambda _, c=cls, i=id(model): _remove(c, i)), run)
+        _instances[cls][id(model)] = (weakref.ref(model, _remover(cls, id(model))), run)
 
 
 def uninstall(model: PreTrainedModel) -> None:
     """Undo `install`; the class is left as it was found once its last model is gone. Unknown models are ignored."""
     _remove(type(model), id(model))
+
+
+def _remover(cls: type, key: int) -> Callable[[object], None]:
+    return lambda _: _remove(cls, key)
 
 
 def _remove(cls: type, key: int) -> None:
