@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -22,6 +23,8 @@ from hf_accel.kv_cache.manager import KVCacheManager
 from hf_accel.request import Request, RequestStatus
 from hf_accel.scheduler.output import SchedulerOutput
 from hf_accel.scheduler.scheduler import Scheduler
+
+TokensCallback = Callable[[Request, StepResult], None]
 
 MAX_REGROUP_SECONDS = 0.005
 """A step waits at most so long for callers that are sampling their rows, so that their rows step together."""
@@ -33,10 +36,10 @@ class EngineCore:
     Args:
         executor: runs steps on the device.
         config: limits and policy.
-        on_tokens: called under the lock with (request, ids of new tokens, StepResult) after each step.
+        on_tokens: called under the lock after each step, with each request of it that the engine samples.
     """
 
-    def __init__(self, executor: Executor, config: EngineConfig, on_tokens: Callable[[Request, StepResult], None]) -> None:
+    def __init__(self, executor: Executor, config: EngineConfig, on_tokens: TokensCallback) -> None:
         self.config = config
         self.executor = executor
         faults = config.faults
@@ -193,7 +196,8 @@ class EngineCore:
         """A batch failed: run its requests one by one, so that only the guilty one fails."""
         for item in output.requests:
             if self.requests[item.request_id].status is RequestStatus.RUNNING:
-                self._run(SchedulerOutput((item,), len(item.token_ids)))
+                whole_row = tuple(enumerate(self.cache.page_ids(item.request_id)))
+                self._run(SchedulerOutput((replace(item, page_updates=whole_row),), len(item.token_ids)))
 
     def _apply(self, output: SchedulerOutput, requests: list[Request], result: StepResult) -> None:
         for request_id, error in result.errors.items():
