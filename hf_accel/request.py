@@ -36,6 +36,7 @@ class Request:
         namespace: radix namespace (weight version, adapter state, user salt): only equal ones share KV.
         max_total_tokens: prompt and output together never exceed this.
         eos_token_ids: ids that end the request (empty when it ignores eos).
+        seed: of its own sampling.
         priority: smaller runs first under the "priority" policy.
         external_sampling: the caller samples: logits are handed out, and the next token comes back by `feed`.
         logits_from: first position whose logits are needed (prompt scoring); None: only the last one's.
@@ -55,6 +56,7 @@ class Request:
     namespace: Hashable = None
     max_total_tokens: int = 1 << 30
     eos_token_ids: frozenset[int] = frozenset()
+    seed: int = 0
     priority: int = 0
     external_sampling: bool = False
     logits_from: int | None = None

@@ -36,7 +36,7 @@ class EngineCore:
     Args:
         executor: runs steps on the device.
         config: limits and policy.
-        on_tokens: called under the lock after each step, with each request of it that the engine samples.
+        on_tokens: called under the lock after each step, with each request of it.
     """
 
     def __init__(self, executor: Executor, config: EngineConfig, on_tokens: TokensCallback) -> None:
@@ -206,8 +206,7 @@ class EngineCore:
         for request in requests:
             if request.awaiting_token:
                 self._held_logits[request.request_id] = result.last_logits[request.request_id]
-            else:
-                self._on_tokens(request, result)
+            self._on_tokens(request, result)
 
     def _resend_pages(self, requests: list[Request]) -> None:
         """The page table may not have taken this step's changes: send each row whole with its next step."""

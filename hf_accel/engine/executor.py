@@ -70,7 +70,7 @@ class Executor:
 
     def _sample(self, logits: torch.Tensor, requests: list[Request], result: StepResult) -> None:
         rows = [
-            SamplingRow(r.params, r.token_ids, r.num_prompt_tokens, r.params.seed or 0, r.eos_token_ids)
+            SamplingRow(r.params, r.token_ids, r.num_prompt_tokens, r.seed, r.eos_token_ids)
             for r in requests
         ]
         for request, token in zip(requests, self.sampler.sample(logits, rows), strict=True):

@@ -8,12 +8,12 @@ the engine batches with everybody else's; whatever we cannot honour goes to the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
+from transformers import EosTokenCriteria, MaxLengthCriteria, PreTrainedModel
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
     GenerationConfig,
@@ -23,6 +23,7 @@ from transformers.generation import (
 
 from hf_accel.engine import progress
 from hf_accel.engine.engine import Engine
+from hf_accel.engine.kv_export import export_kv
 from hf_accel.patching.eligibility import call_reason, model_reason
 from hf_accel.request import Request
 from hf_accel.sampling_params import SamplingParams
@@ -45,13 +46,7 @@ def sample(
     **model_kwargs: Any,
 ) -> Any:
     """Takes `_sample`'s place: same arguments, same results. `original` is HF's bound `_sample`."""
-    reason = (
-        model_reason(model)
-        or call_reason(input_ids, generation_config, synced_gpus, model_kwargs)
-        or engine.begin_call()
-        or _capacity_reason(engine, input_ids, generation_config)
-    )
-    if reason:
+    def fall_back(reason: str) -> Any:
         engine.record_fallback(reason)
         return original(
             input_ids,
@@ -62,35 +57,37 @@ def sample(
             streamer=streamer,
             **model_kwargs,
         )
-    mask = model_kwargs.get("attention_mask")
-    prompts = _strip_padding(input_ids, mask)
+
+    reason = model_reason(model) or call_reason(input_ids, generation_config, synced_gpus, model_kwargs)
+    if reason:
+        return fall_back(reason)
+    namespace = engine.begin_call()
+    prompts = _strip_padding(input_ids, model_kwargs.get("attention_mask"))
     new_tokens = generation_config.max_length - input_ids.shape[1]
     native = (
         not logits_processor
         and not generation_config.do_sample
+        and not generation_config.return_dict_in_generate
         and streamer is None
         and all(type(c) in (EosTokenCriteria, MaxLengthCriteria) for c in stopping_criteria)
-        and not _wants_scores(generation_config)
     )
-    if not native and not engine.fits_at_once([len(p) + new_tokens for p in prompts]):
-        reason = "the KV pool cannot hold all rows of the call at once, as its processors or sampling need"
-        engine.record_fallback(reason)
-        return original(
-            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-        )
-    run = _generate_native if native else _generate_in_lockstep
+    reason = _capacity_reason(engine, prompts, new_tokens, all_at_once=not native)
+    if reason:
+        return fall_back(reason)
     call = _Call(engine, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    call.open(prompts, new_tokens, external=not native, eos=_eos_ids(stopping_criteria))
+    call.open(prompts, new_tokens, namespace, external=not native)
     try:
-        result = run(call)
+        if native:
+            return _generate_native(call)
+        result = _generate_in_lockstep(call)
         if not generation_config.return_dict_in_generate:
             return result["sequences"]
         cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, DynamicCache):
-            call.export_cache(cache, result["sequences"].shape[1] - 1)
+        if cache is not None:
+            export_kv(engine, model, call.rows, result["sequences"], model_kwargs.get("attention_mask"), cache)
         return GenerateDecoderOnlyOutput(past_key_values=cache, **result)
     finally:
-        call.close()
+        engine.close_rows(call.rows)
 
 
 class _Call:
@@ -142,12 +139,12 @@ class _Call:
         self.engine.export_kv(self.rows, pads, length, cache)
 
 
-def _generate_native(call: _Call) -> dict[str, Any]:
+def _generate_native(call: _Call) -> torch.Tensor:
     """Rows advance on their own; the engine takes the argmax."""
     rows, core = call.rows, call.core
     reported = 0
     while True:
-        core.drive(lambda: sum(row.status.ended for row in rows) > reported)
+        core.drive(lambda seen=reported: sum(row.status.ended for row in rows) > seen)
         with core.lock:
             num_ended = sum(row.status.ended for row in rows)
             error = next((row.error for row in rows if row.error is not None), None)
@@ -167,7 +164,7 @@ def _generate_native(call: _Call) -> dict[str, Any]:
     for criterion in call.criteria:
         if isinstance(criterion, MaxLengthCriteria):
             criterion(sequences[:, :-1], None)  # gives HF's warning past the model's longest position
-    return {"sequences": sequences}
+    return sequences
 
 
 def _generate_in_lockstep(call: _Call) -> dict[str, Any]:
@@ -236,13 +233,19 @@ def _eos_ids(criteria: StoppingCriteriaList) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _capacity_reason(engine: Engine, input_ids: torch.Tensor, config: GenerationConfig) -> str:
-    if not engine.fits(config.max_length):
-        return f"a row of up to {config.max_length} tokens does not fit in the KV pool ({engine.describe_pool()})"
-    limit = engine.core.executor.runner.spec.static_positions
-    if limit is not None and config.max_length > limit:
-        return f"the model's rope changes past {limit} tokens"
-    vocab_size = engine.core.executor.runner.spec.vocab_size
-    if input_ids.numel() and (int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab_size):
-        return "a token id is out of the vocabulary"  # HF's own error
+def _capacity_reason(engine: Engine, prompts: list[list[int]], new_tokens: int, all_at_once: bool) -> str:
+    """Why the pool or the fast path's limits cannot take these rows; "" when they can."""
+    spec = engine.core.executor.runner.spec
+    lengths = [len(p) + new_tokens for p in prompts]
+    longest = max(lengths)
+    if not engine.fits_at_once([longest]):
+        return f"a row of up to {longest} tokens does not fit in the KV pool of {engine.core.cache.num_pages} pages"
+    if all_at_once and not engine.fits_at_once(lengths):
+        return "the KV pool cannot hold all rows of the call at once, as its processors, sampling or streamer need"
+    if spec.static_positions is not None and longest > spec.static_positions:
+        return f"the model's rope changes past {spec.static_positions} tokens"
+    if not all(prompts):
+        return "a row has no unmasked token"
+    if any(min(p) < 0 or max(p) >= spec.vocab_size for p in prompts):
+        return "a token id is outside the vocabulary"  # the original raises HF's own error
     return ""

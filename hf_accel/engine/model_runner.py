@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from hf_accel.engine.forward_batch import ForwardBatch
 from hf_accel.kv_cache.pool import MHAPool
 from hf_accel.patching.attention import paged_attention_on
 from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
-from hf_accel.patching.registry import ModelSpec, read_spec
+from hf_accel.patching.registry import ModelSpec
 
 logger = logging.getLogger("hf_accel")
 
@@ -30,16 +31,15 @@ class ModelRunner:
     """The mechanism of an engine: given a ForwardBatch, logits.
 
     Raises (from the constructor):
-        UnsupportedModelError: the model cannot run on a paged cache.
         ValueError: a requested backend or pool cannot be had.
     """
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
-        self.model = model
+    def __init__(self, model_ref: weakref.ref[PreTrainedModel], spec: ModelSpec, config: EngineConfig) -> None:
+        self._model_ref = model_ref  # weak: a patched model must not be kept alive by its engine
         self.config = config
-        self.device = model.device
-        self.dtype = model.dtype
-        self.spec: ModelSpec = read_spec(model)
+        self.spec = spec
+        self.device = self.model.device
+        self.dtype = self.model.dtype
         self.backend: AttentionBackend = select_backend(config.attention_backend, self.device, self.dtype)
         self.num_pages = config.num_pages or self._fit_num_pages()
         self.pool = MHAPool(self.spec.layers, self.num_pages, config.page_size, self.dtype, self.device)
@@ -47,6 +47,14 @@ class ModelRunner:
         self._fused_version: Hashable = None
         self._fused_reason: str | None = None
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself."""
+        model = self._model_ref()
+        if model is None:
+            raise RuntimeError("the engine's model was deleted")
+        return model
 
     @property
     def fused(self) -> bool:

@@ -100,6 +100,15 @@ class KVCacheManager:
         num_cached = self._tree.num_evictable_pages + self._tree.num_protected_pages
         return PageStats(self._allocator.num_pages, self._allocator.num_free, num_cached)
 
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool."""
+        return self._allocator.num_pages
+
+    def page_ids(self, request_id: int) -> tuple[int, ...]:
+        """The pages of an admitted request, in order."""
+        return tuple(self._holdings[request_id].page_ids)
+
     def match_prefix(self, request: Request) -> PrefixMatch:
         """Look up the longest cached prefix of a waiting request.
 

@@ -20,17 +20,27 @@ SampleFunction = Callable[..., Any]
 _lock = threading.RLock()  # a weakref callback may fire while it is held
 _instances: dict[type, dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]]] = {}
 _MISSING = object()
-_displaced: dict[type, Any] = {}
+_displaced: dict[type, dict[str, Any]] = {}
 
 
-def install(model: PreTrainedModel, run: SampleFunction) -> None:
-    """Send this model's `_sample` calls to `run`. Other models of its class are not touched."""
+def install(model: PreTrainedModel, run: SampleFunction, leave: Callable[[PreTrainedModel], Any]) -> None:
+    """Send this model's `_sample` calls to `run`. Other models of its class are not touched.
+
+    While its class has a patched model, a `with` block over one calls `leave(model)` at its end.
+    """
     cls = type(model)
     with _lock:
         if cls not in _instances:
-            _instances[cls] = {}
-            _displaced[cls] = cls.__dict__.get("_sample", _MISSING)
-            cls._sample = _dispatching(cls._sample, _instances[cls])
+            entries: dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]] = {}
+            attributes = {
+                "_sample": _dispatching(cls._sample, entries),
+                "__enter__": lambda self: self,
+                "__exit__": lambda self, *exc: leave(self) and None,
+            }
+            _instances[cls] = entries
+            _displaced[cls] = {name: cls.__dict__.get(name, _MISSING) for name in attributes}
+            for name, value in attributes.items():
+                setattr(cls, name, value)
         _instances[cls][id(model)] = (weakref.ref(model, _remover(cls, id(model))), run)
 
 
@@ -49,11 +59,11 @@ def _remove(cls: type, key: int) -> None:
         if entries is None or entries.pop(key, None) is None or entries:
             return
         del _instances[cls]
-        old = _displaced.pop(cls)
-        if old is _MISSING:
-            del cls._sample
-        else:
-            cls._sample = old
+        for name, old in _displaced.pop(cls).items():
+            if old is _MISSING:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, old)
 
 
 def _dispatching(

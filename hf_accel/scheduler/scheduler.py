@@ -107,7 +107,7 @@ class Scheduler:
             request = self.running.get(item.request_id)
             if request is None:
                 continue
-            was_prefill = request.num_computed_tokens < request.num_prompt_tokens
+            was_prefill = len(item.token_ids) > 1 or request.num_computed_tokens < request.num_prompt_tokens
             request.num_computed_tokens = item.start + len(item.token_ids)
             if was_prefill:
                 # The runner has the row's table up to date, so a page swapped for the tree's copy must be sent again.
