@@ -34,11 +34,10 @@ def paged_attention(
     out: torch.Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """One query token and one query head at a time, in `compute_dtype`; see `ops.paged_attention`."""
-    num_heads, num_kv_heads, page_size = q.shape[1], k_pages.shape[1], k_pages.shape[2]
-    group = num_heads // num_kv_heads
+    """One query token at a time, in `compute_dtype`; see `ops.paged_attention`."""
+    page_size, group = k_pages.shape[2], q.shape[1] // k_pages.shape[1]
     if out is None:
-        out = q.new_empty(q.shape[0], num_heads, v_pages.shape[3])
+        out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
     out.zero_()
     starts = query_start_loc.tolist()
     for seq, seq_len in enumerate(seq_lens.tolist()):
@@ -50,15 +49,14 @@ def paged_attention(
             if visible.numel() == 0:
                 continue
             pages = page_table[seq, visible // page_size].long()
-            keys = k_pages[pages, :, visible % page_size].to(compute_dtype)  # [num_visible, num_kv_heads, head_dim]
-            values = v_pages[pages, :, visible % page_size].to(compute_dtype)
-            for head in range(num_heads):
-                query = q[starts[seq] + j, head].to(compute_dtype)
-                logits = keys[:, head // group] @ query * scale  # [num_visible]
-                if softcap:
-                    logits = softcap * torch.tanh(logits / softcap)
-                if sinks is not None:
-                    logits = torch.cat([logits, sinks[head].to(compute_dtype).reshape(1)])
-                weights = torch.softmax(logits, dim=0)[: visible.numel()]
-                out[starts[seq] + j, head] = (weights @ values[:, head // group]).to(out.dtype)
+            keys = k_pages[pages, :, visible % page_size].to(compute_dtype).repeat_interleave(group, dim=1)
+            values = v_pages[pages, :, visible % page_size].to(compute_dtype).repeat_interleave(group, dim=1)
+            query = q[starts[seq] + j].to(compute_dtype)  # [num_heads, head_dim]
+            logits = torch.einsum("nhd,hd->hn", keys, query) * scale  # [num_heads, num_visible]
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            if sinks is not None:
+                logits = torch.cat([logits, sinks.to(compute_dtype)[:, None]], dim=1)
+            weights = torch.softmax(logits, dim=1)[:, : visible.numel()]
+            out[starts[seq] + j] = torch.einsum("hn,nhd->hd", weights, values).to(out.dtype)
     return out
