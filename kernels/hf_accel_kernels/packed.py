@@ -6,7 +6,6 @@ Owns the packed copies. Knows tensors only: not which model they came from nor w
 from __future__ import annotations
 
 import ctypes
-import functools
 import weakref
 from collections.abc import Sequence
 from typing import Literal
@@ -14,45 +13,7 @@ from typing import Literal
 import torch
 
 from hf_accel_kernels.cpu import library
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # HfaDtype
-EPILOGUES = {"plain": 0, "silu_mul": 1}  # HfaEpilogue
-
-
-class LinearArgs(ctypes.Structure):
-    """HfaLinearArgs of cpu/gemm.h."""
-
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("x_stride", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64),
-        ("out", ctypes.c_void_p),
-        ("out_stride", ctypes.c_int64),
-        ("residual", ctypes.c_void_p),
-        ("residual_stride", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("epilogue", ctypes.c_int32),
-        ("out_float32", ctypes.c_int32),
-        ("keep_float32", ctypes.c_int32),
-        ("num_threads", ctypes.c_int32),
-    ]
-
-
-@functools.cache
-def gemm_library() -> ctypes.CDLL | None:
-    """The shared library with the signatures of cpu/gemm.h declared, or None where it could not be built."""
-    lib, _ = library.load()
-    if lib is None:
-        return None
-    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    lib.hfa_panel_columns.restype = i32
-    lib.hfa_packed_create.argtypes, lib.hfa_packed_create.restype = [i64, i64, i32, i32], pointer
-    lib.hfa_packed_destroy.argtypes, lib.hfa_packed_destroy.restype = [pointer], None
-    lib.hfa_packed_bytes.argtypes, lib.hfa_packed_bytes.restype = [pointer], i64
-    lib.hfa_pack_weight.argtypes = [pointer, pointer, i64, i64, i64, i64, i64, pointer, i32]
-    lib.hfa_pack_weight.restype = None
-    lib.hfa_packed_linear.argtypes, lib.hfa_packed_linear.restype = [pointer, ctypes.POINTER(LinearArgs)], None
-    return lib
+from hf_accel_kernels.cpu.abi import DTYPES, EPILOGUES, LinearArgs, fused_library
 
 
 class PackedLinear:
@@ -67,7 +28,7 @@ class PackedLinear:
         biases: Sequence[torch.Tensor | None] | None = None,
         layout: Literal["concat", "interleaved"] = "concat",
     ) -> None:
-        lib = gemm_library()
+        lib = fused_library()
         if lib is None:
             raise RuntimeError(f"the CPU ops are not available: {library.load()[1]}")
         first = weights[0]
@@ -91,7 +52,7 @@ class PackedLinear:
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed copy."""
-        lib = gemm_library()
+        lib = fused_library()
         assert lib is not None
         return int(lib.hfa_packed_bytes(self.handle))
 
@@ -101,7 +62,7 @@ class PackedLinear:
         Raises:
             ValueError: the shape or dtype is not the one packed before.
         """
-        lib = gemm_library()
+        lib = fused_library()
         assert lib is not None
         if weight.shape != (self.rows[index], self.depth) or weight.dtype != self.dtype:
             raise ValueError(
@@ -152,7 +113,7 @@ def packed_linear(
     Raises:
         ValueError: shapes, dtypes or layout do not fit.
     """
-    lib = gemm_library()
+    lib = fused_library()
     assert lib is not None
     if x.dim() != 2 or x.shape[1] != packed.depth or x.dtype != packed.dtype:
         raise ValueError(f"expected x [M, {packed.depth}] of {packed.dtype}, got {tuple(x.shape)} of {x.dtype}")
