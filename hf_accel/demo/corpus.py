@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__"} | {"distutils", "idlelib", "lib2to3", "pydoc_data"})
+SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    | {"distutils", "idlelib", "lib2to3", "pydoc_data"}
+)
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ message['role'] + ':\\n' + message['content'] | trim + '\\n\\n' }}"

@@ -146,7 +146,9 @@ def train(model: LlamaForCausalLM, stream: Stream, seconds: float, max_steps: in
             now = time.monotonic()
             progress = max((now - began) / seconds, step / max_steps if max_steps else 0.0)
             bar.update(min(100.0, 100 * progress) - bar.n)
-            bar.set_postfix_str(f"step {step}, loss {loss_average:.3f}, {step * BATCH_TOKENS / (now - began):.0f} tokens/s")
+            bar.set_postfix_str(
+                f"step {step}, loss {loss_average:.3f}, {step * BATCH_TOKENS / (now - began):.0f} tokens/s"
+            )
             if now - saved > CHECKPOINT_SECONDS:
                 save()
                 saved = now
