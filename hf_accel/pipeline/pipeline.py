@@ -33,7 +33,7 @@ class AcceleratedPipeline(TextGenerationPipeline):
     seed, prompt after prompt, pass `batch_size=1`.
 
     Args:
-        model: a loaded model (patched in place if it is not yet), a hub id, or a folder.
+        model: a loaded model (patched in place, unless it is already and `engine_config` is None), a hub id, or a folder.
         tokenizer: a tokenizer, its id or folder; None: the one saved with the model.
         engine_config: fields of `hf_accel.EngineConfig`, as a dict.
         progress: show a progress bar for lists: True, False, or None (for more than 8 prompts, on a terminal).
@@ -42,7 +42,7 @@ class AcceleratedPipeline(TextGenerationPipeline):
 
     Raises:
         UnsupportedModelError: the model cannot be accelerated; the message says why.
-        ValueError: `engine_config` is given for a model that is patched already.
+        ValueError: an engine option is unknown or out of range, or there is no tokenizer.
     """
 
     def __init__(
@@ -62,12 +62,8 @@ class AcceleratedPipeline(TextGenerationPipeline):
         elif tokenizer is None:
             tokenizer = _tokenizer_of(model)
         super().__init__(model, tokenizer, *args, **kwargs)
-        if not hf_accel.is_patched(self.model):
+        if engine_config is not None or not hf_accel.is_patched(self.model):
             hf_accel.patch(self.model, **dict(engine_config or {}))
-        elif engine_config:
-            raise ValueError(
-                "the model is patched already: pass engine_config to hf_accel.patch, or unpatch the model first"
-            )
 
     def __call__(self, text_inputs: Any, *, stream: bool = False, batch_size: int | None = None, **kwargs: Any) -> Any:
         """Complete the prompts.
