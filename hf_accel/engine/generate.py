@@ -103,40 +103,25 @@ class _Call:
         streamer: Any,
     ) -> None:
         self.engine, self.core = engine, engine.core
-        self.input_ids, self.processors, self.criteria, self.config, self.streamer = (
-            input_ids,
-            processors,
-            criteria,
-            config,
-            streamer,
-        )
+        self.input_ids = input_ids
+        self.processors, self.criteria = processors, criteria
+        self.config, self.streamer = config, streamer
         self.rows: list[Request] = []
         pad = config._pad_token_tensor
         self.pad_id: int | None = None if pad is None else int(pad)
         self.has_eos = any(hasattr(c, "eos_token_id") for c in criteria)
 
-    def open(self, prompts: Sequence[list[int]], new_tokens: int, external: bool, eos: frozenset[int]) -> None:
-        hold = bool(self.config.return_dict_in_generate)
-        for prompt in prompts:
-            self.rows.append(
-                self.engine.open_row(
-                    prompt,
-                    GREEDY,
-                    max_total_tokens=len(prompt) + new_tokens,
-                    eos_token_ids=eos,
-                    external=external,
-                    hold=hold,
+    def open(self, prompts: Sequence[list[int]], new_tokens: int, namespace: Hashable, external: bool) -> None:
+        """Queue one row a prompt."""
+        eos = _eos_ids(self.criteria)
+        with self.core.lock:
+            for prompt in prompts:
+                total = len(prompt) + new_tokens
+                self.rows.append(
+                    self.engine.open_row(
+                        prompt, GREEDY, (namespace, None), max_total_tokens=total, eos=eos, external=external
+                    )
                 )
-            )
-
-    def close(self) -> None:
-        self.engine.close_rows(self.rows)
-
-    def export_cache(self, cache: DynamicCache, length: int) -> None:
-        """Fill HF's cache with what its own loop would have left: `length` tokens a row, left-padded."""
-        num_prompt = self.input_ids.shape[1]
-        pads = [num_prompt - row.num_prompt_tokens for row in self.rows]
-        self.engine.export_kv(self.rows, pads, length, cache)
 
 
 def _generate_native(call: _Call) -> torch.Tensor:

@@ -104,11 +104,16 @@ class ModelRunner:
 
     def read_kv(self, layer: int, page_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Contiguous copies of a sequence's keys and values: [num_kv_heads, num_tokens, head_dim] each."""
-        keys, values = (
-            self.pool.k_pages[layer][page_ids],
-            self.pool.v_pages[layer][page_ids],
-        )  # [pages, heads, page, dim]
-        return tuple(x.transpose(0, 1).flatten(1, 2)[:, :num_tokens] for x in (keys, values))  # type: ignore[return-value]
+
+        def contiguous(pages: torch.Tensor) -> torch.Tensor:
+            return pages[page_ids].transpose(0, 1).flatten(1, 2)[:, :num_tokens]  # from [pages, heads, page_size, dim]
+
+        return contiguous(self.pool.k_pages[layer]), contiguous(self.pool.v_pages[layer])
+
+    def close(self) -> None:
+        """Give every byte back; the runner is of no use afterwards."""
+        self.pool.release()
+        self._fused = None
 
     def _fit_num_pages(self) -> int:
         """Pages that fit in the configured share of the device's free memory."""
