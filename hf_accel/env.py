@@ -16,6 +16,7 @@ CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", 
 def report() -> dict[str, str]:
     """Name -> value, in the order to be printed."""
     import torch
+
     from hf_accel_kernels.cpu import library
 
     lines = {"hf-accel": hf_accel.__version__, "python": f"{platform.python_version()} on {platform.platform()}"}

@@ -145,15 +145,16 @@ class _ImportHook(importlib.abc.MetaPathFinder):
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
-                execute = spec.loader.exec_module
-
-                def exec_module(module: types.ModuleType) -> None:
-                    execute(module)
-                    self._after(module)
-
-                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+                spec.loader.exec_module = self._calling_back(spec.loader.exec_module)  # type: ignore[method-assign]
                 return spec
         return None
+
+    def _calling_back(self, execute: Callable[[types.ModuleType], None]) -> Callable[[types.ModuleType], None]:
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            self._after(module)
+
+        return exec_module
 
 
 def _set_first_path(entry: str) -> None:

@@ -145,7 +145,8 @@ def compare(model: Any, tokenizer: Any, options: DemoOptions) -> list[Comparison
 
 def _run_patched(model: Any, runner: _Runner, jobs: Sequence[Workload], bar: tqdm) -> list[tuple[Measured, float, int]]:
     results = []
-    with hf_accel.patch(model):
+    hf_accel.patch(model)
+    try:
         engine = hf_accel.get_engine(model)
         runner.run(jobs[0].prompts[:1], max_new_tokens=2)
         for job in jobs:
@@ -156,6 +157,8 @@ def _run_patched(model: Any, runner: _Runner, jobs: Sequence[Workload], bar: tqd
             num_prompt = after.num_prompt_tokens - before.num_prompt_tokens
             hit_rate = (after.num_cached_tokens - before.num_cached_tokens) / num_prompt if num_prompt else 0.0
             results.append((measured, hit_rate, after.num_fallbacks - before.num_fallbacks))
+    finally:
+        hf_accel.unpatch(model)
     return results
 
 
