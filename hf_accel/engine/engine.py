@@ -160,9 +160,12 @@ class Engine:
                 for prompt, one in zip(batch, each, strict=True):
                     ids.append(self.add_request(prompt, one))
                 groups = [self._groups[i] for i in ids]
-                while bar.n < len(groups):
-                    self.core.drive(lambda: sum(g.output.finished for g in groups) > bar.n)
-                    bar.update(sum(g.output.finished for g in groups) - bar.n)
+                num_done = 0
+                while num_done < len(groups):
+                    self.core.drive(lambda seen=num_done: sum(g.output.finished for g in groups) > seen)
+                    newly = sum(g.output.finished for g in groups) - num_done
+                    num_done += newly
+                    bar.update(newly)
             return [g.output for g in groups]
         finally:
             for request_id in ids:
@@ -255,7 +258,7 @@ class Engine:
             if self._asleep:
                 self._wake()
             version = self._tracker.version()
-            self.core.executor.runner.prepare(self._tracker.weights_version())
+            self.core.executor.runner.prepare(version)
             return version
 
     def open_row(self, token_ids: list[int], params: SamplingParams, namespace: Hashable, *, max_total_tokens: int, eos: frozenset[int], external: bool, logits_from: int | None = None) -> Request:
@@ -352,6 +355,7 @@ class Engine:
             self._fail_all(RuntimeError("the engine was shut down"))
             self.core.cache.reset()
             self.core.executor.runner.close()
+            self._tracker.close()
             self._closed = True
 
     def check_integrity(self) -> None:

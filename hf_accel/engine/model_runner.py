@@ -117,7 +117,7 @@ class ModelRunner:
 
     def _fit_num_pages(self) -> int:
         """Pages that fit in the configured share of the device's free memory."""
-        page_bytes = MHAPool.page_bytes(self.spec.layers, self.config.page_size, self.dtype)
+        page_bytes = MHAPool.bytes_per_page_for(self.spec.layers, self.config.page_size, self.dtype)
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             budget = int(free * self.config.memory_fraction)
