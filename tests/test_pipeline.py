@@ -91,7 +91,11 @@ def calls(ours, monkeypatch):
         {"repetition_penalty": 1.3},
         {"no_repeat_ngram_size": 2},
         {"prefix": "Python. "},
-        {"generation_config": GenerationConfig(max_new_tokens=5, do_sample=False), "max_new_tokens": None, "do_sample": None},
+        {
+            "generation_config": GenerationConfig(max_new_tokens=5, do_sample=False),
+            "max_new_tokens": None,
+            "do_sample": None,
+        },
         {"add_special_tokens": False},
         {"tokenizer_encode_kwargs": {"truncation": True, "max_length": 4}},
         {"handle_long_generation": "hole"},
@@ -142,7 +146,9 @@ def test_generators_and_datasets_stream_in_order(plain, ours):
     assert len(dataset) == len(PROMPTS)
     assert list(dataset) == expected
     assert list(dataset) == expected  # again from the start
-    assert list(ours((c for c in [CHAT, OTHER_CHAT]), **GREEDY)) == list(plain((c for c in [CHAT, OTHER_CHAT]), **GREEDY))
+    assert list(ours((c for c in [CHAT, OTHER_CHAT]), **GREEDY)) == list(
+        plain((c for c in [CHAT, OTHER_CHAT]), **GREEDY)
+    )
 
 
 def test_generator_is_read_only_a_window_ahead(ours):
