@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationConfig
@@ -232,7 +232,7 @@ class HFAccel(Arm):
     """The patched model: its `generate` where one call says it all, its engine for lengths of their own and for turns."""
 
     name, sampling_like_hf = "hf_accel", True
-    config: dict[str, Any] = {}
+    config: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, bench: BenchmarkModel, workload: Workload) -> None:
         super().__init__(bench, workload)
@@ -265,7 +265,7 @@ class HFAccelNoCache(HFAccel):
     """The same without the prefix cache: what batching and the kernels give alone."""
 
     name = "hf_accel_nocache"
-    config = {"enable_prefix_cache": False}
+    config: ClassVar[dict[str, Any]] = {"enable_prefix_cache": False}
 
 
 ARMS: dict[str, type[Arm]] = {
