@@ -22,7 +22,8 @@ from benchmarks.workloads import Workload
 CB_PAGE_SIZE = 32
 CB_MAX_BATCH_TOKENS = 512
 CB_SPARE = 1.3
-"""transformers keeps 15 % of its blocks free as a safety margin."""
+CB_MIN_BLOCKS = 64
+"""transformers keeps 15 % of its blocks free as a safety margin, and fails where that leaves too few."""
 
 THREAD_START_SECONDS = 0.3
 """The manager's thread clears its buffers when it starts; that shall not be timed."""
@@ -174,7 +175,7 @@ class ContinuousBatching(Arm):
             generation_config=config,
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=CB_PAGE_SIZE,
-                num_blocks=int(CB_SPARE * workload.n * sum(pages)),
+                num_blocks=max(CB_MIN_BLOCKS, int(CB_SPARE * workload.n * sum(pages))),
                 max_batch_tokens=max_batch_tokens,
                 allow_block_sharing=True,
             ),

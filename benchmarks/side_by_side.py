@@ -144,7 +144,7 @@ def run_case(case: Case, options: argparse.Namespace, stamp: dict[str, Any], bar
         for arm in runs:
             arm.close()
     fields = {"workload": case.workload, "model": case.model, "dtype": case.dtype, "device": options.device}
-    return results.make_rows(fields, records, stamp, workload.ideal_hit_rate(), workload.num_generated_tokens)
+    return results.make_rows(fields, records, stamp, workload)
 
 
 def _make_arms(

@@ -85,8 +85,8 @@ class Workload:
         before = [] if g.parent is None else [*prompts[g.parent], *outputs[g.parent]]
         return [*before, *g.tokens]
 
-    def ideal_hit_rate(self) -> float:
-        """Share of the prompt tokens that an engine need not compute, with an endless cache and no pages.
+    def ideal_hit_rate(self, page_size: int = 1) -> float:
+        """Share of the prompt tokens that an engine need not compute, with an endless cache, if it shares whole pages only.
 
         Requests are taken in order: a request reuses its longest common prefix with everything computed before it, also
         in its own stage. A prompt's last token is always computed (its logits are wanted), a last output token never.
@@ -98,7 +98,7 @@ class Workload:
         for index, g in enumerate(self.generations):
             prompt = self.prompt(index, prompts, outputs)
             for _ in range(self.n):
-                num_shared += min(_common_prefix(tree, prompt), len(prompt) - 1)
+                num_shared += min(_common_prefix(tree, prompt), len(prompt) - 1) // page_size * page_size
                 output = [fresh - i for i in range(g.max_new_tokens)]  # like no other tokens
                 fresh -= g.max_new_tokens
                 _insert(tree, prompt + output[:-1])
