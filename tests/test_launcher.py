@@ -106,7 +106,9 @@ def test_script_sees_what_python_would_give_it(script, tmp_path):
     assert result.stdout == plain.stdout
 
 
-@pytest.mark.parametrize(("body", "code"), [("raise SystemExit(3)", 3), ("import sys; sys.exit('bye')", 1), ("pass", 0)])
+@pytest.mark.parametrize(
+    ("body", "code"), [("raise SystemExit(3)", 3), ("import sys; sys.exit('bye')", 1), ("pass", 0)]
+)
 def test_exit_codes(script, body, code):
     result = accelerated(script(body))
     assert result.returncode == code
@@ -127,9 +129,10 @@ def test_module_as_python_does(tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "tool.py").write_text("import sys, pkg\nprint(__name__, __package__, sys.argv[1:], sys.path[0])")
-    assert accelerated("-m", "pkg.tool", "--x", "1", cwd=tmp_path).stdout == python(
-        "-m", "pkg.tool", "--x", "1", cwd=tmp_path
-    ).stdout
+    assert (
+        accelerated("-m", "pkg.tool", "--x", "1", cwd=tmp_path).stdout
+        == python("-m", "pkg.tool", "--x", "1", cwd=tmp_path).stdout
+    )
     missing = accelerated("-m", "no_such_module_at_all", cwd=tmp_path)
     assert missing.returncode == 1
     assert "no_such_module_at_all" in missing.stderr

@@ -91,7 +91,11 @@ def calls(ours, monkeypatch):
         {"repetition_penalty": 1.3},
         {"no_repeat_ngram_size": 2},
         {"prefix": "Python. "},
-        {"generation_config": GenerationConfig(max_new_tokens=5, do_sample=False), "max_new_tokens": None, "do_sample": None},
+        {
+            "generation_config": GenerationConfig(max_new_tokens=5, do_sample=False),
+            "max_new_tokens": None,
+            "do_sample": None,
+        },
         {"add_special_tokens": False},
         {"tokenizer_encode_kwargs": {"truncation": True, "max_length": 4}},
         {"handle_long_generation": "hole"},
@@ -142,7 +146,9 @@ def test_generators_and_datasets_stream_in_order(plain, ours):
     assert len(dataset) == len(PROMPTS)
     assert list(dataset) == expected
     assert list(dataset) == expected  # again from the start
-    assert list(ours((c for c in [CHAT, OTHER_CHAT]), **GREEDY)) == list(plain((c for c in [CHAT, OTHER_CHAT]), **GREEDY))
+    assert list(ours((c for c in [CHAT, OTHER_CHAT]), **GREEDY)) == list(
+        plain((c for c in [CHAT, OTHER_CHAT]), **GREEDY)
+    )
 
 
 def test_generator_is_read_only_a_window_ahead(ours):
@@ -195,11 +201,11 @@ def test_processor_of_the_caller_sees_one_prompt_at_a_time(plain, ours, calls):
 
 def test_no_pad_token_still_batches(plain, ours, calls, monkeypatch):
     expected = plain(list(PROMPTS), **GREEDY)
-    monkeypatch.setitem(ours.tokenizer._special_tokens_map, "pad_token", None)
-    assert ours.tokenizer.pad_token_id is None
+    tokenizer = AutoTokenizer.from_pretrained(shipped_model())
+    tokenizer.pad_token = None
     monkeypatch.setattr(ours.model.generation_config, "pad_token_id", None)
-    monkeypatch.setattr(ours, "_generation_defaults", {}, raising=False)
-    assert ours(list(PROMPTS), **GREEDY) == expected
+    pipe = AcceleratedPipeline(ours.model, tokenizer)
+    assert pipe(list(PROMPTS), **GREEDY) == expected
     assert calls[0][0] == len(PROMPTS)
 
 
