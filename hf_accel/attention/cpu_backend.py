@@ -7,6 +7,7 @@ directly, so `plan` checks their dtype and layout once a step.
 from __future__ import annotations
 
 import torch
+
 from hf_accel_kernels.cpu.attention import DTYPES, CpuAttention
 
 from .base import AttentionBackend, AttentionBatch, AttentionMetadata

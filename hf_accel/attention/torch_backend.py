@@ -6,6 +6,7 @@ Owns nothing but the calls; `hf_accel_kernels.torch_attention` computes.
 from __future__ import annotations
 
 import torch
+
 from hf_accel_kernels import torch_attention
 
 from .base import AttentionBackend, AttentionMetadata

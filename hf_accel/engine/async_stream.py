@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TypeVar
 
@@ -26,7 +27,5 @@ async def iterate_in_thread(make_iterator: Callable[[], Iterator[T]]) -> AsyncIt
 
 
 def _close(close: Callable[[], None]) -> None:
-    try:
+    with contextlib.suppress(ValueError):  # a cancelled fetch is still inside the generator; it ends with its thread
         close()
-    except ValueError:  # a cancelled fetch is still inside the generator; it ends with its thread
-        pass

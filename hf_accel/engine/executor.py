@@ -69,10 +69,7 @@ class Executor:
         return result
 
     def _sample(self, logits: torch.Tensor, requests: list[Request], result: StepResult) -> None:
-        rows = [
-            SamplingRow(r.params, r.token_ids, r.num_prompt_tokens, r.seed, r.eos_token_ids)
-            for r in requests
-        ]
+        rows = [SamplingRow(r.params, r.token_ids, r.num_prompt_tokens, r.seed, r.eos_token_ids) for r in requests]
         for request, token in zip(requests, self.sampler.sample(logits, rows), strict=True):
             if token.error is not None:
                 result.errors[request.request_id] = token.error

@@ -46,6 +46,7 @@ def sample(
     **model_kwargs: Any,
 ) -> Any:
     """Takes `_sample`'s place: same arguments, same results. `original` is HF's bound `_sample`."""
+
     def fall_back(reason: str) -> Any:
         engine.record_fallback(reason)
         return original(

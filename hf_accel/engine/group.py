@@ -17,7 +17,9 @@ from hf_accel.sampling_params import SamplingParams
 class OutputGroup:
     """Assembles what `requests` produce. The engine tells it of every step."""
 
-    def __init__(self, output: RequestOutput, params: SamplingParams, tokenizer: Any, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, output: RequestOutput, params: SamplingParams, tokenizer: Any, skip_special_tokens: bool
+    ) -> None:
         self.output = output
         self.params = params
         self.requests: list[Request] = []

@@ -12,7 +12,12 @@ from hf_accel.request import Request
 
 
 def export_kv(
-    engine: Engine, model: PreTrainedModel, rows: Sequence[Request], sequences: torch.Tensor, mask: torch.Tensor | None, cache: DynamicCache
+    engine: Engine,
+    model: PreTrainedModel,
+    rows: Sequence[Request],
+    sequences: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: DynamicCache,
 ) -> None:
     """Fill `cache` with the KV of all tokens of `sequences` but the last.
 
@@ -34,7 +39,13 @@ def export_kv(
         full = torch.ones_like(sequences[:, :-1])
         if mask is not None:
             full[:, :prompt_length] = mask[:, :length]
-        model(input_ids=sequences[:, :-1].to(model.device), attention_mask=full, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(
+            input_ids=sequences[:, :-1].to(model.device),
+            attention_mask=full,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
 
 
 def _copy(engine: Engine, rows: Sequence[Request], sequences: torch.Tensor, length: int, cache: DynamicCache) -> None:
@@ -42,11 +53,15 @@ def _copy(engine: Engine, rows: Sequence[Request], sequences: torch.Tensor, leng
     num_generated = [row.num_computed_tokens - row.num_prompt_tokens for row in rows]
     prompt_length = length - max(num_generated)  # the longest row computed all tokens but the last
     for layer, shape in enumerate(runner.spec.layers):
-        keys = torch.zeros(len(rows), shape.num_kv_heads, length, shape.head_dim, dtype=runner.dtype, device=runner.device)
+        keys = torch.zeros(
+            len(rows), shape.num_kv_heads, length, shape.head_dim, dtype=runner.dtype, device=runner.device
+        )
         values = keys.new_zeros(*keys.shape[:3], shape.v_head_dim)
         for i, row in enumerate(rows):
             computed = row.num_computed_tokens
             pages = builder.page_ids(row.slot or 0, computed)
             start = prompt_length - row.num_prompt_tokens
-            keys[i, :, start : start + computed], values[i, :, start : start + computed] = runner.read_kv(layer, pages, computed)
+            keys[i, :, start : start + computed], values[i, :, start : start + computed] = runner.read_kv(
+                layer, pages, computed
+            )
         cache.update(keys, values, layer)

@@ -67,29 +67,48 @@ class ModelRunner:
         return self.model.device == self.device and self.model.dtype == self.dtype
 
     def prepare(self, weights_version: Hashable) -> None:
-        """Bring derived weights up to date; called when a generate call begins, never during a step."""
+        """Bring derived weights up to date; called when a call begins, never during a step."""
         if not self.config.fused or self.config.pack_weights is False:
             return
-        if self._fused is not None and not self._fused.still_valid(self.model):
-            self._fused, self._fused_version = None, None
+        if self._fused is not None:
+            reason = self._fused.why_not_valid(self.model)
+            if not reason and weights_version != self._fused_version:
+                reason = self._fused.refresh()
+            if reason:
+                self._fused = None
         if self._fused is None:
-            self._fused, reason = fused_decoder_for(
+            self._fused = self._make_fused()
+        self._fused_version = weights_version
+
+    def _make_fused(self) -> FusedDecoderModel | None:
+        reason, fused = "", None
+        packed_bytes = sum(p.nbytes for p in self.model.parameters())
+        if self.config.pack_weights == "auto" and packed_bytes > _available_memory() // 2:
+            reason = f"packed weights of {packed_bytes >> 20} MiB would take over half of the free memory (pack_weights=True insists)"
+        else:
+            fused, reason = fused_decoder_for(
                 self.model, page_size=self.config.page_size, max_positions=self.spec.max_positions
             )
-            if self._fused is None and reason != self._fused_reason:
-                logger.info("hf_accel runs the model's own layers: %s", reason)
-                self._fused_reason = reason
-        elif weights_version != self._fused_version:
-            self._fused.refresh()
-        self._fused_version = weights_version
+        if fused is None and reason != self._fused_reason:
+            logger.info("hf_accel runs the model's own layers: %s", reason)
+            self._fused_reason = reason
+        return fused
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits of the tokens in `batch.logits_indices`: [num_logits, vocab_size] float32."""
-        metadata = self.backend.plan(batch)
         if self._fused is not None:
             return self._fused.forward(
-                batch.input_ids, batch.positions, metadata, batch.logits_indices, self.pool.k_pages, self.pool.v_pages
+                batch.input_ids,
+                batch.positions,
+                batch.slot_mapping,
+                batch.page_table,
+                batch.seq_lens,
+                batch.query_start_loc,
+                batch.logits_indices,
+                self.pool.k_pages,
+                self.pool.v_pages,
             )
+        metadata = self.backend.plan(batch)
         step = _PagedStep(self.backend, self.pool, metadata)
         with torch.no_grad(), _no_autocast(self.device), paged_attention_on(self.spec.configs):
             output = self.model(

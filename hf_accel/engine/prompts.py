@@ -42,7 +42,9 @@ class PromptReader:
             return [prompts]
         return list(prompts)
 
-    def read(self, prompt: Prompt | None, input_ids: Sequence[int] | torch.Tensor | None, params: SamplingParams) -> tuple[str | None, list[int]]:
+    def read(
+        self, prompt: Prompt | None, input_ids: Sequence[int] | torch.Tensor | None, params: SamplingParams
+    ) -> tuple[str | None, list[int]]:
         """The prompt's text, if it was text, and its token ids.
 
         Raises:
@@ -67,7 +69,11 @@ class PromptReader:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
         if is_chat:
-            return list(self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+            return list(
+                self.tokenizer.apply_chat_template(
+                    list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
+                )["input_ids"]
+            )
         return [int(t) for t in prompt]
 
     def _check(self, token_ids: list[int]) -> None:
@@ -75,9 +81,13 @@ class PromptReader:
             raise ValueError("the prompt is empty: give at least one token (for instance the bos token)")
         if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
             bad = next(t for t in token_ids if not 0 <= t < self._vocab_size)
-            raise ValueError(f"token id {bad} is outside the vocabulary [0, {self._vocab_size}): is the tokenizer this model's?")
+            raise ValueError(
+                f"token id {bad} is outside the vocabulary [0, {self._vocab_size}): is the tokenizer this model's?"
+            )
         if len(token_ids) > self._max_positions:
-            raise ValueError(f"the prompt has {len(token_ids)} tokens, the model takes at most {self._max_positions}: shorten it")
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens, the model takes at most {self._max_positions}: shorten it"
+            )
         if len(token_ids) > self._pool_tokens:
             raise ValueError(
                 f"the prompt has {len(token_ids)} tokens, the KV pool holds {self._pool_tokens}: raise num_pages or memory_fraction, or shorten it"

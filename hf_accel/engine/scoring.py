@@ -23,11 +23,13 @@ class _ScoreCollector(SamplingParams):
     found: dict[int, tuple[float, bool]]
 
 
-def score(engine: Engine, reader: PromptReader, prefix: Prompt, continuations: Sequence[Prompt], salt: Hashable) -> list[ContinuationScore]:
+def score(
+    engine: Engine, reader: PromptReader, prefix: Prompt, continuations: Sequence[Prompt], salt: Hashable
+) -> list[ContinuationScore]:
     """See `Engine.score`."""
     base = reader.read(prefix, None, SamplingParams())[1]
     rows: list[Request] = []
-    namespace = (engine.begin_call(), salt)
+    namespace = (engine.begin_request(), salt)
     tails = [reader.encode(c, add_special_tokens=False) for c in continuations]
     for tail in tails:
         if not tail:
@@ -40,7 +42,13 @@ def score(engine: Engine, reader: PromptReader, prefix: Prompt, continuations: S
             ids = base + tail
             rows.append(
                 engine.open_row(
-                    ids, params, namespace, max_total_tokens=len(ids) + 1, eos=frozenset(), external=True, logits_from=len(base) - 1
+                    ids,
+                    params,
+                    namespace,
+                    max_total_tokens=len(ids) + 1,
+                    eos=frozenset(),
+                    external=True,
+                    logits_from=len(base) - 1,
                 )
             )
         engine.core.drive(lambda: all(row.awaiting_token or row.status.ended for row in rows))

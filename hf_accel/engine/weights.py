@@ -14,9 +14,10 @@ from operator import call, is_
 from typing import Any
 
 import torch
-from hf_accel_kernels.fingerprint import SampledFingerprint
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hf_accel_kernels.fingerprint import SampledFingerprint
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 _PLAIN_DATA = (str, float, int, bool, type(None))

@@ -141,7 +141,7 @@ class KVCacheManager:
         node, page_ids = self._tree.match(request.namespace, self._page_keys(request, num_pages), num_pages)
         assert len(page_ids) == num_pages, f"stale match of request {request.request_id}: match again"
         self._tree.lock(node)
-        holding = _Holding(request, node, page_ids.copy(), num_pages)
+        holding = _Holding(request, node, page_ids, num_pages)
         self._holdings[request.request_id] = holding
         self._note_next_page(holding)
         return tuple(enumerate(page_ids))

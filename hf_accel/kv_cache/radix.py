@@ -24,7 +24,7 @@ class RadixNode:
         page_keys: token ids of each page here.
         page_ids: the page of each key.
         lock_count: handles locked at this node or below it.
-        last_used: tick of the last use; a leaf's is exact, an inner node's a lower bound.
+        last_used: tick of the last use; exact for an unlocked leaf, may lag elsewhere (see `RadixCache.evict`).
         queued: whether the eviction heap has an entry for it.
         namespace: of a root (None elsewhere).
     """
@@ -118,7 +118,6 @@ class RadixCache:
         if owned and end is node and node.parent is not None and not node.children and node.lock_count == 1:
             node.page_keys += rest_keys
             node.page_ids += rest_ids
-            node.last_used = self._tick
             self._num_protected += len(rest_ids)
         else:
             parent, end = end, RadixNode(end, rest_keys, rest_ids)
@@ -164,7 +163,9 @@ class RadixCache:
     def evict(self, num_pages: int) -> list[int]:
         """Give up the `num_pages` least recently used unlocked pages, or all of them if they are fewer.
 
-        A page goes before the pages it continues. Costs O(log n) for a leaf, nothing for the rest of the tree.
+        A page goes before the pages that it continues. Costs O(log n) for a leaf, nothing for the rest of the tree.
+        A use of a page is a use of all before it. That is not written to inner nodes, and need not be: when the last
+        child goes as the least recently used leaf, its parent is next whether its own time lags or not.
 
         Returns:
             page ids, in the order in which they left.
@@ -271,7 +272,6 @@ class RadixCache:
         assert parent is not None
         upper = RadixNode(parent, node.page_keys[:num_pages], node.page_ids[:num_pages])
         upper.lock_count = node.lock_count
-        upper.last_used = node.last_used
         parent.children[upper.page_keys[0]] = upper
         upper.children[node.page_keys[num_pages]] = node
         node.parent = upper
@@ -291,7 +291,6 @@ class RadixCache:
         else:
             del parent.children[first_key]
             node.parent = None
-            parent.last_used = max(parent.last_used, node.last_used)  # a use of the child was a use of the parent
             self._queue_if_evictable(parent)
         return dropped[::-1]
 

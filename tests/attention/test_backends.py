@@ -6,15 +6,15 @@ import logging
 
 import pytest
 import torch
-from hf_accel_kernels import reference
-from hf_accel_kernels.cpu import library
-from hf_accel_kernels.testing import PagedCase, make_paged_case
 
 from hf_accel.attention import select as select_module
 from hf_accel.attention.base import AttentionBackend
 from hf_accel.attention.cpu_backend import CpuBackend
 from hf_accel.attention.select import select_backend
 from hf_accel.attention.torch_backend import TorchBackend
+from hf_accel_kernels import reference
+from hf_accel_kernels.cpu import library
+from hf_accel_kernels.testing import PagedCase, make_paged_case
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

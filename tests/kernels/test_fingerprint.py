@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from hf_accel_kernels import fingerprint as module
 from hf_accel_kernels.fingerprint import SampledFingerprint
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from hf_accel_kernels import ops, reference, torch_attention
 from hf_accel_kernels.cpu.attention import CpuAttention
 from hf_accel_kernels.testing import PagedCase, make_paged_case

@@ -116,7 +116,9 @@ configs = st.builds(
     enable_prefix_cache=st.booleans(),
 )
 prompts = st.lists(
-    st.tuples(st.integers(0, 3), st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 12), st.booleans()),
+    st.tuples(
+        st.integers(0, 3), st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 12), st.booleans()
+    ),
     min_size=1,
     max_size=10,
 )
@@ -173,16 +175,11 @@ def test_equal_prompts_are_computed_once() -> None:
     simulation = Simulation(EngineConfig(page_size=4, max_num_batched_tokens=16), 60)
     prompt = [1, 2, 3] * 11
     requests = [simulation.add(prompt, 3, False) for _ in range(5)]
-    computed = 0
-    for _ in range(100):
-        if all(r.status.ended for r in requests):
-            break
-        before = simulation.scheduler.schedule
-        output = []
-        simulation.scheduler.schedule = lambda: output.append(before()) or output[-1]
-        simulation.step()
-        simulation.scheduler.schedule = before
-        computed += output[0].num_tokens
+    steps = []
+    schedule = simulation.scheduler.schedule
+    simulation.scheduler.schedule = lambda: steps.append(schedule()) or steps[-1]  # type: ignore[method-assign]
+    simulation.run()
+    computed = sum(step.num_tokens for step in steps)
     shared = (len(prompt) - 1) // 4 * 4
     assert [r.num_cached_tokens for r in requests] == [0] + [shared] * 4
     assert computed == len(prompt) + 4 * (len(prompt) - shared) + 5 * 2
