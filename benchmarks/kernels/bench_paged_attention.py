@@ -79,14 +79,18 @@ def make_batch(query_len: int, seq_len: int, batch: int, num_pages: int) -> Atte
     )
 
 
-def run_attention(ops: CpuAttention, q: torch.Tensor, pool: MHAPool, layer: int, batch: AttentionMetadata) -> torch.Tensor:
+def run_attention(
+    ops: CpuAttention, q: torch.Tensor, pool: MHAPool, layer: int, batch: AttentionMetadata
+) -> torch.Tensor:
     out = torch.empty_like(q)
     tables = (batch.page_table, batch.seq_lens, batch.query_start_loc)
     ops.paged_attention(q, pool.k_pages[layer], pool.v_pages[layer], *tables, q.shape[2] ** -0.5, 0, 0.0, None, out)
     return out
 
 
-def bench_decode(ops: CpuAttention, probe: Probe, dtype: torch.dtype, head_dim: int, seq_len: int, rounds: int) -> dict[str, object]:
+def bench_decode(
+    ops: CpuAttention, probe: Probe, dtype: torch.dtype, head_dim: int, seq_len: int, rounds: int
+) -> dict[str, object]:
     num_bytes = 2 * BATCH * seq_len * NUM_KV_HEADS * head_dim * dtype.itemsize
     num_layers = -(-COLD_BYTES // num_bytes) + 1
     num_pages = BATCH * seq_len // PAGE_SIZE
@@ -117,7 +121,9 @@ def bench_decode(ops: CpuAttention, probe: Probe, dtype: torch.dtype, head_dim: 
     }  # fmt: skip
 
 
-def bench_prefill(ops: CpuAttention, probe: Probe, dtype: torch.dtype, head_dim: int, length: int, rounds: int) -> dict[str, object]:
+def bench_prefill(
+    ops: CpuAttention, probe: Probe, dtype: torch.dtype, head_dim: int, length: int, rounds: int
+) -> dict[str, object]:
     num_pages = length // PAGE_SIZE
     pool = MHAPool([LayerShape(NUM_KV_HEADS, head_dim, head_dim)], num_pages, PAGE_SIZE, dtype, "cpu")
     pool.k_pages[0].normal_()
@@ -125,7 +131,10 @@ def bench_prefill(ops: CpuAttention, probe: Probe, dtype: torch.dtype, head_dim:
     batch = make_batch(length, length, 1, num_pages)
     q = torch.randn(length, NUM_HEADS, head_dim, dtype=dtype)
     check_against_sdpa(ops, q, pool, batch)
-    dense = [gather(p, batch).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=0)[None] for p in (pool.k_pages[0], pool.v_pages[0])]
+    dense = [
+        gather(p, batch).repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=0)[None]
+        for p in (pool.k_pages[0], pool.v_pages[0])
+    ]
     qt = q.transpose(0, 1)[None].contiguous()
     flops = 2 * 2 * NUM_HEADS * head_dim * length * (length + 1) / 2
     times, ratios, torch_times = [], [], []
@@ -151,7 +160,10 @@ def gather(pages: torch.Tensor, batch: AttentionMetadata) -> torch.Tensor:
 def check_against_sdpa(ops: CpuAttention, q: torch.Tensor, pool: MHAPool, batch: AttentionMetadata) -> None:
     num = batch.query_lens_cpu[0]
     got = run_attention(ops, q, pool, 0, batch)[:num].float()
-    k, v = (gather(p, batch).float().repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=0) for p in (pool.k_pages[0], pool.v_pages[0]))
+    k, v = (
+        gather(p, batch).float().repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=0)
+        for p in (pool.k_pages[0], pool.v_pages[0])
+    )
     expected = F.scaled_dot_product_attention(q[:num].float().transpose(0, 1), k, v, is_causal=num > 1).transpose(0, 1)
     torch.testing.assert_close(got, expected, atol=TOLERANCE[q.dtype], rtol=0)
 
