@@ -36,10 +36,13 @@ class EngineCore:
     Args:
         executor: runs steps on the device.
         config: limits and policy.
-        on_tokens: called under the lock after each step, with each request of it.
+        on_tokens: called under the lock after each step, with each request of it, also with those that failed.
+        ids: where request ids come from.
     """
 
-    def __init__(self, executor: Executor, config: EngineConfig, on_tokens: TokensCallback) -> None:
+    def __init__(
+        self, executor: Executor, config: EngineConfig, on_tokens: TokensCallback, ids: Iterator[int] | None = None
+    ) -> None:
         self.config = config
         self.executor = executor
         faults = config.faults
@@ -48,9 +51,10 @@ class EngineCore:
         self.requests: dict[int, Request] = {}
         self.busy_seconds = 0.0
         self._on_tokens = on_tokens
-        self._ids = itertools.count()
+        self._ids = itertools.count() if ids is None else ids
         self._condition = threading.Condition(threading.RLock())
-        self._stepping = False
+        self._stepper: int | None = None  # the thread that runs a step now
+        self._num_visitors = 0  # threads that wait for the gap between two steps
         self._held_logits: dict[int, torch.Tensor] = {}
         self._num_sampling = 0
         self._last_step_end = 0.0
@@ -86,8 +90,9 @@ class EngineCore:
     def drive(self, done: Callable[[], bool]) -> None:
         """Run steps, or let another thread run them, until `done()` (called under the lock) says so."""
         with self._condition:
+            self._refuse_own_step()
             while not done():
-                if self._stepping:
+                if self._stepper is not None or self._num_visitors:
                     self._condition.wait()
                 elif (wait := self._regroup_seconds()) > 0:
                     self._condition.wait(wait)
@@ -99,7 +104,8 @@ class EngineCore:
     def step(self) -> bool:
         """Run one step if there is work and nobody else is stepping; says whether it ran."""
         with self._condition:
-            if self._stepping or not self.scheduler.has_work:
+            self._refuse_own_step()
+            if self._stepper is not None or self._num_visitors or not self.scheduler.has_work:
                 return False
             self._step()
             return True
@@ -108,9 +114,15 @@ class EngineCore:
     def exclusive(self) -> Iterator[None]:
         """Hold the engine between steps, for what must not happen during one."""
         with self._condition:
-            while self._stepping:
-                self._condition.wait()
-            yield
+            self._refuse_own_step()
+            self._num_visitors += 1  # whoever drives lets visitors in before its next step
+            try:
+                while self._stepper is not None:
+                    self._condition.wait()
+                yield
+            finally:
+                self._num_visitors -= 1
+                self._condition.notify_all()
 
     @property
     def lock(self) -> threading.Condition:
@@ -151,6 +163,13 @@ class EngineCore:
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
+    def _refuse_own_step(self) -> None:
+        if self._stepper == threading.get_ident():
+            raise RuntimeError(
+                "the engine was called from inside a step of its own (a forward hook, or a logits processor of "
+                "SamplingParams): call it before or after"
+            )
+
     def _regroup_seconds(self) -> float:
         if not self._num_sampling:
             return 0.0
@@ -159,14 +178,16 @@ class EngineCore:
 
     def _step(self) -> None:
         """One step, begun and ended under the lock, its forward outside of it."""
-        self._stepping = True
+        self._stepper = threading.get_ident()
         start = time.monotonic()
         try:
             output = self.scheduler.schedule()
+            for request_id in output.failed:
+                self._on_tokens(self.requests[request_id], StepResult())
             if output.requests:
                 self._run(output)
         finally:
-            self._stepping = False
+            self._stepper = None
             self._last_step_end = time.monotonic()
             self._last_step_seconds = self._last_step_end - start
             self.busy_seconds += self._last_step_seconds
@@ -183,27 +204,34 @@ class EngineCore:
         except Exception as error:
             self._resend_pages(requests)
             if len(requests) == 1:
-                self.scheduler.finish(requests[0], RequestStatus.FAILED, "error", error)
+                self._fail(requests[0], error)
             else:
-                self._run_alone(output)
+                self._run_alone(output, requests)
             return
         except BaseException:  # KeyboardInterrupt: nothing was counted, so the next driver runs the same tokens again
             self._resend_pages(requests)
             raise
         self._apply(output, requests, result)
 
-    def _run_alone(self, output: SchedulerOutput) -> None:
+    def _fail(self, request: Request, error: Exception) -> None:
+        if not request.status.ended:
+            self.scheduler.finish(request, RequestStatus.FAILED, "error", error)
+            self._on_tokens(request, StepResult())
+
+    def _run_alone(self, output: SchedulerOutput, requests: list[Request]) -> None:
         """A batch failed: run its requests one by one, so that only the guilty one fails."""
-        for item in output.requests:
-            if self.requests[item.request_id].status is RequestStatus.RUNNING:
+        for item, request in zip(output.requests, requests, strict=True):
+            if request.status is RequestStatus.RUNNING:
                 whole_row = tuple(enumerate(self.cache.page_ids(item.request_id)))
                 self._run(SchedulerOutput((replace(item, page_updates=whole_row),), len(item.token_ids)))
 
     def _apply(self, output: SchedulerOutput, requests: list[Request], result: StepResult) -> None:
-        for request_id, error in result.errors.items():
-            self.scheduler.finish(self.requests[request_id], RequestStatus.FAILED, "error", error)
+        going = [r for r in requests if not r.status.ended]  # others were ended by another thread meanwhile
+        for request in going:
+            if request.request_id in result.errors:
+                self.scheduler.finish(request, RequestStatus.FAILED, "error", result.errors[request.request_id])
         self.scheduler.update(output, {i: token.token_id for i, token in result.tokens.items()})
-        for request in requests:
+        for request in going:
             if request.awaiting_token:
                 self._held_logits[request.request_id] = result.last_logits[request.request_id]
             self._on_tokens(request, result)
