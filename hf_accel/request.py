@@ -36,12 +36,16 @@ class Request:
         namespace: radix namespace (weight version, adapter state, user salt): only equal ones share KV.
         max_total_tokens: prompt and output together never exceed this.
         eos_token_ids: ids that end the request (empty when it ignores eos).
+        seed: of its own sampling.
         priority: smaller runs first under the "priority" policy.
         external_sampling: the caller samples: logits are handed out, and the next token comes back by `feed`.
         logits_from: first position whose logits are needed (prompt scoring); None: only the last one's.
         num_computed_tokens: tokens whose KV is in the pool.
         num_cached_tokens: tokens that the prefix cache served at the first admission.
+        awaiting_token: its logits were handed out and the caller has not fed the next token yet.
         slot: row in the device page table while running.
+        admission: order in which it last began to run; the newest is retracted first.
+        page_updates: page-table changes that the next step must carry.
         error: why it failed.
     """
 
@@ -52,12 +56,16 @@ class Request:
     namespace: Hashable = None
     max_total_tokens: int = 1 << 30
     eos_token_ids: frozenset[int] = frozenset()
+    seed: int = 0
     priority: int = 0
     external_sampling: bool = False
     logits_from: int | None = None
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None
+    awaiting_token: bool = False
     slot: int | None = None
+    admission: int = 0
+    page_updates: list[tuple[int, int]] = field(default_factory=list, repr=False)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None
     error: BaseException | None = None

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hf_accel_kernels.packed import PackedLinear, pack, packed_linear
 from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_accel.patching.llama import fused_decoder_for
+from hf_accel_kernels.packed import PackedLinear, pack, packed_linear
 
 SHAPES = {
     "qkv": (1280, 768), "o_proj": (768, 768), "gate_up": (4096, 768), "down": (768, 2048), "lm_head": (32000, 768),

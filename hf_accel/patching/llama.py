@@ -10,8 +10,6 @@ import weakref
 from collections.abc import Collection, Sequence
 
 import torch
-from hf_accel_kernels.cpu import library
-from hf_accel_kernels.fused import DecoderSpec, FusedDecoder, LayerWeights, Linear
 from torch import nn
 
 from hf_accel.patching.llama_structure import (
@@ -21,6 +19,8 @@ from hf_accel.patching.llama_structure import (
     layer_windows,
     why_not_plain,
 )
+from hf_accel_kernels.cpu import library
+from hf_accel_kernels.fused import DecoderSpec, FusedDecoder, LayerWeights, Linear
 
 _FIRST_POSITIONS = 2048  # rows of the rope tables before the first long sequence
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from hf_accel_kernels.cpu import library
 from hf_accel_kernels.fused import DecoderSpec, FusedDecoder, LayerWeights, Linear
 from hf_accel_kernels.fused_reference import decoder_reference

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from hf_accel_kernels.cpu import library
 from hf_accel_kernels.fused_reference import linear_reference
 from hf_accel_kernels.packed import PackedLinear, pack, packed_linear
-from torch.nn import functional as F
 
 pytestmark = pytest.mark.skipif(library.load()[0] is None, reason=f"no CPU ops: {library.load()[1]}")
 

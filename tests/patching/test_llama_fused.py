@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_accel_kernels.cpu import library
 from torch import nn
 
 from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
+from hf_accel_kernels.cpu import library
 
 pytestmark = pytest.mark.skipif(library.load()[0] is None, reason=f"no CPU ops: {library.load()[1]}")
 

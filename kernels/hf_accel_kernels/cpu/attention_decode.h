@@ -7,6 +7,7 @@ namespace {
 namespace attn {
 
 constexpr int MAX_DECODE_ROWS = 16;  // larger groups go through the prefill kernel
+constexpr int TILE_BYTES = 8192;       // of keys, and about as many of values: half of a first-level cache
 constexpr int NUM_ACC = NUM_REGS == 32 ? 16 : 8;
 
 // s[r * MAX_TILE + t] = q[r] . k[t] for R rows; q: [R, q_stride] words, zero beyond head_dim.
@@ -130,7 +131,7 @@ template <class K> static void decode_block(const HfaAttentionArgs& a, const Blo
   }
   const LogitScale scale(a);
   const int row_bytes = std::max(a.head_dim, a.v_head_dim) * int(sizeof(T));
-  const int tile = row_bytes <= 128 ? 64 : 32;
+  const int tile = std::max(16, std::min(MAX_TILE, TILE_BYTES / row_bytes / 16 * 16));
   Rows<T> buffers[2];
   buffers[0].resolve(a, b, b.key_begin, std::min(b.key_end, b.key_begin + tile));
   for (int begin = b.key_begin, turn = 0; begin < b.key_end; begin += tile, turn ^= 1) {

@@ -9,7 +9,7 @@ namespace attn {
 constexpr int MR = 6;
 constexpr int NV = NUM_REGS == 32 ? 4 : 2;
 constexpr int NR = NV * W;
-constexpr int BLOCK_ROWS = 96;
+constexpr int BLOCK_ROWS = 192;
 constexpr int PREFILL_TILE = 128;
 static_assert(PREFILL_TILE <= MAX_TILE && PREFILL_TILE % NR == 0 && BLOCK_ROWS % MR == 0);
 
@@ -75,7 +75,8 @@ template <class K> static void pack_queries(const HfaAttentionArgs& a, const Blo
       typename K::Word word{};
       if (r < num_rows) {
         if constexpr (PW == 1) word = to_float(from[w]);
-        else memcpy(&word, from + w * PW, sizeof(T) * std::min(PW, a.head_dim - w * PW));
+        else if (w < a.head_dim / PW) memcpy(&word, from + w * PW, sizeof word);
+        else memcpy(&word, from + w * PW, sizeof(T));  // an odd head_dim's last one
       }
       to[int64_t(w) * MR] = word;
     }

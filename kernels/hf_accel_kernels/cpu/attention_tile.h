@@ -148,11 +148,6 @@ struct LogitScale {
   }
 };
 
-HFA_INLINE void store_probabilities(float* p, vf e) { storeu(p, e); }
-#ifdef HFA_BF16_DOT
-HFA_INLINE void store_probabilities(bf16* p, vf e) { storeu(p, _mm512_cvtneps_pbh((__m512)e)); }
-#endif
-
 constexpr struct Iota {
   alignas(64) int32_t lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 } IOTA;
@@ -184,8 +179,8 @@ HFA_INLINE float softmax_row(float* s, P* p, int n, int low, int high, const Log
   const vf base_v = set1(base);
   vf total = zero();
   for (int t = 0; t < n; t += W) {
-    const vf e = exp2(loadu<vf>(s + t) - base_v);
-    store_probabilities(p + t, e);
+    const vf e = exp2<sizeof(P) == 4 ? 6 : 4>(loadu<vf>(s + t) - base_v);
+    store(p + t, e);
     total += e;
   }
   max = new_max;

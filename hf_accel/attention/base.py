@@ -1,0 +1,84 @@
+"""What an attention backend is: plan once a step, then one call for each layer.
+
+Owns the contract and the metadata's shapes. Knows nothing about requests, the scheduler, or how a backend computes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where one step's tokens stand and where their sequences' keys and values are; made once a step by `plan`."""
+
+    page_table: torch.Tensor  # [num_seqs, max_pages] int32
+    seq_lens: torch.Tensor  # [num_seqs] int32, including this step's tokens
+    query_start_loc: torch.Tensor  # [num_seqs + 1] int32
+    slot_mapping: torch.Tensor  # [num_tokens] int64, page * page_size + offset
+    query_lens_cpu: tuple[int, ...]
+    seq_lens_cpu: tuple[int, ...]
+
+
+class AttentionBatch(Protocol):
+    """What `plan` reads of a step's batch: `AttentionMetadata`'s fields, as attributes."""
+
+    page_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    slot_mapping: torch.Tensor
+    query_lens_cpu: tuple[int, ...]
+    seq_lens_cpu: tuple[int, ...]
+
+
+class AttentionBackend(ABC):
+    """Attention over paged keys and values. One instance serves every layer and may be called from several threads."""
+
+    name: str
+
+    def plan(self, batch: AttentionBatch) -> AttentionMetadata:
+        """The metadata of one step; a backend derives here, once, what every layer would derive again."""
+        return AttentionMetadata(
+            batch.page_table,
+            batch.seq_lens,
+            batch.query_start_loc,
+            batch.slot_mapping,
+            tuple(batch.query_lens_cpu),
+            tuple(batch.seq_lens_cpu),
+        )
+
+    @abstractmethod
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int = 0,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Store this step's keys and values, then attend.
+
+        Args:
+            q: [num_tokens, num_heads, head_dim], any strides.
+            k: [num_tokens, num_kv_heads, head_dim], any strides.
+            v: [num_tokens, num_kv_heads, v_head_dim], any strides.
+            k_pages: [num_pages, num_kv_heads, page_size, head_dim]; written at the slots of `metadata`.
+            v_pages: [num_pages, num_kv_heads, page_size, v_head_dim]; likewise.
+            scale: factor on the dot products.
+            sliding_window: 0 for none; w: the token at position i sees positions (i - w, i].
+            softcap: 0 for none; else logits become softcap * tanh(logits / softcap).
+            sinks: [num_heads] or None; one more logit per head in the softmax's denominator.
+
+        Returns:
+            [num_tokens, num_heads, v_head_dim] of q's dtype.
+        """

@@ -1,0 +1,67 @@
+"""Attention by the C++ op on CPU: no padding, no gather, prefill chunks and decode rows in one call.
+
+Owns nothing but the calls; `hf_accel_kernels.cpu.attention` holds the library. The op reads the metadata's tensors
+directly, so `plan` checks their dtype and layout once a step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_accel_kernels.cpu.attention import DTYPES, CpuAttention
+
+from .base import AttentionBackend, AttentionBatch, AttentionMetadata
+
+
+class CpuBackend(AttentionBackend):
+    """The C++ ops. Raises RuntimeError, with the reason, where they cannot be built or loaded."""
+
+    name = "cpu"
+    dtypes = frozenset(DTYPES)
+
+    def __init__(self) -> None:
+        self._ops = CpuAttention()
+
+    def plan(self, batch: AttentionBatch) -> AttentionMetadata:
+        metadata = super().plan(batch)
+        num_seqs = len(metadata.query_lens_cpu)
+        assert metadata.page_table.dtype == torch.int32 and metadata.page_table.stride(1) == 1
+        assert metadata.seq_lens.dtype == torch.int32 and metadata.seq_lens.is_contiguous()
+        assert metadata.query_start_loc.dtype == torch.int32 and metadata.query_start_loc.is_contiguous()
+        assert metadata.slot_mapping.dtype == torch.int64 and metadata.slot_mapping.is_contiguous()
+        assert metadata.seq_lens.shape == (num_seqs,) and metadata.query_start_loc.shape == (num_seqs + 1,)
+        return metadata
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int = 0,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
+        if sinks is not None and (sinks.dtype != torch.float32 or not sinks.is_contiguous()):
+            sinks = sinks.float().contiguous()
+        out = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype)
+        self._ops.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
+        self._ops.paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            metadata.page_table,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+            scale,
+            sliding_window,
+            softcap,
+            sinks,
+            out,
+        )
+        return out

@@ -1,0 +1,251 @@
+"""The running batch: one scheduler, one runner, many calling threads.
+
+There is no engine thread. Whoever waits for a request drives: one thread at a time runs steps for everybody, the others
+sleep until something of theirs has changed. So an exception, a KeyboardInterrupt or a dead thread leaves nothing behind.
+Two kinds of request share the batch: those that the engine samples, and rows whose caller samples (`external_sampling`):
+these get their logits handed out by `next_logits` and their token back through `feed`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from hf_accel.config import EngineConfig
+from hf_accel.engine.executor import Executor, StepResult
+from hf_accel.kv_cache.manager import KVCacheManager
+from hf_accel.request import Request, RequestStatus
+from hf_accel.scheduler.output import SchedulerOutput
+from hf_accel.scheduler.scheduler import Scheduler
+
+TokensCallback = Callable[[Request, StepResult], None]
+
+MAX_REGROUP_SECONDS = 0.005
+"""A step waits at most so long for callers that are sampling their rows, so that their rows step together."""
+
+
+class EngineCore:
+    """Thread-safe continuous batching over one model.
+
+    Args:
+        executor: runs steps on the device.
+        config: limits and policy.
+        on_tokens: called under the lock after each step, with each request of it, also with those that failed.
+        ids: where request ids come from.
+    """
+
+    def __init__(
+        self, executor: Executor, config: EngineConfig, on_tokens: TokensCallback, ids: Iterator[int] | None = None
+    ) -> None:
+        self.config = config
+        self.executor = executor
+        faults = config.faults
+        self.cache = KVCacheManager(executor.num_pages, config.page_size, config.enable_prefix_cache, faults.force_miss)
+        self.scheduler = Scheduler(config, self.cache)
+        self.requests: dict[int, Request] = {}
+        self.busy_seconds = 0.0
+        self._on_tokens = on_tokens
+        self._ids = itertools.count() if ids is None else ids
+        self._condition = threading.Condition(threading.RLock())
+        self._stepper: int | None = None  # the thread that runs a step now
+        self._num_visitors = 0  # threads that wait for the gap between two steps
+        self._held_logits: dict[int, torch.Tensor] = {}
+        self._num_sampling = 0
+        self._last_step_end = 0.0
+        self._last_step_seconds = 0.0
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def add(self, make_request: Callable[[int], Request]) -> Request:
+        """Queue the request that `make_request(request_id)` builds."""
+        with self._condition:
+            request = make_request(next(self._ids))
+            self.requests[request.request_id] = request
+            self.scheduler.add(request)
+            return request
+
+    def release(self, requests: Sequence[Request]) -> None:
+        """Forget requests; those still going are aborted and give their pages back."""
+        with self._condition:
+            for request in requests:
+                self.scheduler.finish(request, RequestStatus.ABORTED, "abort")
+                self.requests.pop(request.request_id, None)
+                self._held_logits.pop(request.request_id, None)
+            self._condition.notify_all()
+
+    def finish(self, request: Request, status: RequestStatus, reason: str, error: BaseException | None = None) -> None:
+        """End a request early (a stop string, an abort, a failure of its own); ended ones are left as they are."""
+        with self._condition:
+            self.scheduler.finish(request, status, reason, error)
+            self._condition.notify_all()
+
+    # ---- driving -----------------------------------------------------------------------------------------------
+
+    def drive(self, done: Callable[[], bool]) -> None:
+        """Run steps, or let another thread run them, until `done()` (called under the lock) says so."""
+        with self._condition:
+            self._refuse_own_step()
+            while not done():
+                if self._stepper is not None or self._num_visitors:
+                    self._condition.wait()
+                elif (wait := self._regroup_seconds()) > 0:
+                    self._condition.wait(wait)
+                elif not self.scheduler.has_work:
+                    self._condition.wait(0.1)
+                else:
+                    self._step()
+
+    def step(self) -> bool:
+        """Run one step if there is work and nobody else is stepping; says whether it ran."""
+        with self._condition:
+            self._refuse_own_step()
+            if self._stepper is not None or self._num_visitors or not self.scheduler.has_work:
+                return False
+            self._step()
+            return True
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the engine between steps, for what must not happen during one."""
+        with self._condition:
+            self._refuse_own_step()
+            self._num_visitors += 1  # whoever drives lets visitors in before its next step
+            try:
+                while self._stepper is not None:
+                    self._condition.wait()
+                yield
+            finally:
+                self._num_visitors -= 1
+                self._condition.notify_all()
+
+    @property
+    def lock(self) -> threading.Condition:
+        """Guards every request and the scheduler."""
+        return self._condition
+
+    # ---- rows sampled by their caller --------------------------------------------------------------------------
+
+    @contextmanager
+    def next_logits(self, rows: Sequence[Request]) -> Iterator[list[torch.Tensor]]:
+        """Logits ([vocab_size] float32 each) that follow each row's last token; sample and `feed` inside the block.
+
+        Raises:
+            The row's own error if one of them failed.
+        """
+        self.drive(lambda: all(row.awaiting_token or row.status.ended for row in rows))
+        with self._condition:
+            for row in rows:
+                if row.error is not None:
+                    raise row.error
+            if any(row.status.ended for row in rows):
+                raise RuntimeError("the request was aborted by another thread")
+            logits = [self._held_logits[row.request_id] for row in rows]
+            self._num_sampling += 1
+        try:
+            yield logits
+        finally:
+            with self._condition:
+                self._num_sampling -= 1
+                self._condition.notify_all()
+
+    def feed(self, rows: Sequence[Request], token_ids: Sequence[int]) -> None:
+        """Give each row the token that its caller chose."""
+        with self._condition:
+            for row, token_id in zip(rows, token_ids, strict=True):
+                self._held_logits.pop(row.request_id, None)
+                self.scheduler.append_token(row, token_id)
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def _refuse_own_step(self) -> None:
+        if self._stepper == threading.get_ident():
+            raise RuntimeError(
+                "the engine was called from inside a step of its own (a forward hook, or a logits processor of "
+                "SamplingParams): call it before or after"
+            )
+
+    def _regroup_seconds(self) -> float:
+        if not self._num_sampling:
+            return 0.0
+        window = min(MAX_REGROUP_SECONDS, self._last_step_seconds)
+        return self._last_step_end + window - time.monotonic()
+
+    def _step(self) -> None:
+        """One step, begun and ended under the lock, its forward outside of it."""
+        self._stepper = threading.get_ident()
+        start = time.monotonic()
+        try:
+            output = self.scheduler.schedule()
+            for request_id in output.failed:
+                self._on_tokens(self.requests[request_id], StepResult())
+            if output.requests:
+                self._run(output)
+        finally:
+            self._stepper = None
+            self._last_step_end = time.monotonic()
+            self._last_step_seconds = self._last_step_end - start
+            self.busy_seconds += self._last_step_seconds
+            self._condition.notify_all()
+        if self.config.faults.check_integrity:
+            self.scheduler.check_integrity()
+
+    def _run(self, output: SchedulerOutput) -> None:
+        requests = [self.requests[item.request_id] for item in output.requests]
+        try:
+            batch = self.executor.build(output)
+            with self._unlocked():
+                result = self.executor.execute(batch, requests)
+        except Exception as error:
+            self._resend_pages(requests)
+            if len(requests) == 1:
+                self._fail(requests[0], error)
+            else:
+                self._run_alone(output, requests)
+            return
+        except BaseException:  # KeyboardInterrupt: nothing was counted, so the next driver runs the same tokens again
+            self._resend_pages(requests)
+            raise
+        self._apply(output, requests, result)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if not request.status.ended:
+            self.scheduler.finish(request, RequestStatus.FAILED, "error", error)
+            self._on_tokens(request, StepResult())
+
+    def _run_alone(self, output: SchedulerOutput, requests: list[Request]) -> None:
+        """A batch failed: run its requests one by one, so that only the guilty one fails."""
+        for item, request in zip(output.requests, requests, strict=True):
+            if request.status is RequestStatus.RUNNING:
+                whole_row = tuple(enumerate(self.cache.page_ids(item.request_id)))
+                self._run(SchedulerOutput((replace(item, page_updates=whole_row),), len(item.token_ids)))
+
+    def _apply(self, output: SchedulerOutput, requests: list[Request], result: StepResult) -> None:
+        going = [r for r in requests if not r.status.ended]  # others were ended by another thread meanwhile
+        for request in going:
+            if request.request_id in result.errors:
+                self.scheduler.finish(request, RequestStatus.FAILED, "error", result.errors[request.request_id])
+        self.scheduler.update(output, {i: token.token_id for i, token in result.tokens.items()})
+        for request in going:
+            if request.awaiting_token:
+                self._held_logits[request.request_id] = result.last_logits[request.request_id]
+            self._on_tokens(request, result)
+
+    def _resend_pages(self, requests: list[Request]) -> None:
+        """The page table may not have taken this step's changes: send each row whole with its next step."""
+        for request in requests:
+            if request.status is RequestStatus.RUNNING:
+                request.page_updates = list(enumerate(self.cache.page_ids(request.request_id)))
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        self._condition.release()
+        try:
+            yield
+        finally:
+            self._condition.acquire()

@@ -1,0 +1,100 @@
+"""One step's tensors. The builder owns the page table (one row a running request) and turns a SchedulerOutput into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hf_accel.scheduler.output import SchedulerOutput
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """The packed tokens of one step, over all its requests, in order.
+
+    Attributes:
+        input_ids: [num_tokens] int64.
+        positions: [num_tokens] int64.
+        slot_mapping: [num_tokens] int64, page * page_size + offset of each token's KV.
+        page_table: [num_seqs, max_pages] int32.
+        seq_lens: [num_seqs] int32, context length including this step's tokens.
+        query_start_loc: [num_seqs + 1] int32.
+        logits_indices: [num_logits] int64, tokens whose logits are needed.
+        query_lens_cpu: tokens of each request in this step.
+        seq_lens_cpu: `seq_lens` on the host.
+        num_logits_cpu: rows of logits that each request gets.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    page_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    logits_indices: torch.Tensor
+    query_lens_cpu: tuple[int, ...]
+    seq_lens_cpu: tuple[int, ...]
+    num_logits_cpu: tuple[int, ...]
+
+
+class ForwardBatchBuilder:
+    """Keeps the page table of the running requests and builds batches from diffs: no work grows with the context."""
+
+    def __init__(self, max_num_seqs: int, page_size: int, device: torch.device) -> None:
+        self.page_size = page_size
+        self.device = device
+        self._table = np.zeros((max_num_seqs, 64), dtype=np.int32)  # [slot, page index]
+
+    def build(self, output: SchedulerOutput) -> ForwardBatch:
+        """Apply the step's page-table changes and build its tensors on the device."""
+        requests = output.requests
+        for item in requests:
+            if item.page_updates:
+                self._update_row(item.slot, item.page_updates)
+        slots = np.array([r.slot for r in requests], dtype=np.int64)
+        starts = np.array([r.start for r in requests], dtype=np.int64)
+        lens = np.array([len(r.token_ids) for r in requests], dtype=np.int64)
+        seq_lens = starts + lens
+        query_start = np.zeros(len(requests) + 1, dtype=np.int64)
+        np.cumsum(lens, out=query_start[1:])
+        if output.num_tokens == len(requests):
+            positions, rows = starts, slots
+        else:
+            offsets = np.arange(output.num_tokens, dtype=np.int64) - np.repeat(query_start[:-1], lens)
+            positions, rows = np.repeat(starts, lens) + offsets, np.repeat(slots, lens)
+        pages = self._table[rows, positions // self.page_size].astype(np.int64)
+        max_pages = -(-int(seq_lens.max()) // self.page_size)
+        num_logits = [r.num_logits for r in requests]
+        indices = [
+            i for r, end in zip(requests, query_start[1:].tolist(), strict=True) for i in range(end - r.num_logits, end)
+        ]
+        return ForwardBatch(
+            input_ids=self._device([t for r in requests for t in r.token_ids], np.int64),
+            positions=self._device(positions, np.int64),
+            slot_mapping=self._device(pages * self.page_size + positions % self.page_size, np.int64),
+            page_table=self._device(self._table[slots, :max_pages], np.int32),
+            seq_lens=self._device(seq_lens, np.int32),
+            query_start_loc=self._device(query_start, np.int32),
+            logits_indices=self._device(indices, np.int64),
+            query_lens_cpu=tuple(lens.tolist()),
+            seq_lens_cpu=tuple(seq_lens.tolist()),
+            num_logits_cpu=tuple(num_logits),
+        )
+
+    def page_ids(self, slot: int, num_tokens: int) -> torch.Tensor:
+        """The pages that hold the first `num_tokens` tokens of a running request's row: [num_pages] int64."""
+        return self._device(self._table[slot, : -(-num_tokens // self.page_size)], np.int64)
+
+    def _update_row(self, slot: int, updates: tuple[tuple[int, int], ...]) -> None:
+        last = max(index for index, _ in updates)
+        if last >= self._table.shape[1]:
+            width = max(last + 1, 2 * self._table.shape[1])
+            self._table = np.pad(self._table, ((0, 0), (0, width - self._table.shape[1])))
+        for index, page in updates:
+            self._table[slot, index] = page
+
+    def _device(self, values: object, dtype: type) -> torch.Tensor:
+        array = np.ascontiguousarray(np.asarray(values, dtype=dtype))
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

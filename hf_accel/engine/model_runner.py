@@ -1,0 +1,216 @@
+"""Runs one step on the user's model: pools, attention backend, the packed forward. Does not know the scheduler."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_accel.attention.base import AttentionBackend, AttentionMetadata
+from hf_accel.attention.select import select_backend
+from hf_accel.config import EngineConfig
+from hf_accel.engine.forward_batch import ForwardBatch
+from hf_accel.kv_cache.pool import MHAPool
+from hf_accel.patching.attention import paged_attention_on
+from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
+from hf_accel.patching.packed_linears import PackedLinears
+from hf_accel.patching.registry import ModelSpec
+
+logger = logging.getLogger("hf_accel")
+
+CPU_POOL_LIMIT = 4 << 30
+"""Bytes that an automatically sized pool takes at most on CPU; `num_pages` goes past it."""
+
+
+class ModelRunner:
+    """The mechanism of an engine: given a ForwardBatch, logits.
+
+    Raises (from the constructor):
+        ValueError: a requested backend or pool cannot be had.
+    """
+
+    def __init__(self, model_ref: weakref.ref[PreTrainedModel], spec: ModelSpec, config: EngineConfig) -> None:
+        self._model_ref = model_ref  # weak: a patched model must not be kept alive by its engine
+        self.config = config
+        self.spec = spec
+        self.device = self.model.device
+        self.dtype = self.model.dtype
+        self.backend: AttentionBackend = select_backend(config.attention_backend, self.device, self.dtype)
+        self.num_pages = config.num_pages or self._fit_num_pages()
+        self.pool = MHAPool(self.spec.layers, self.num_pages, config.page_size, self.dtype, self.device)
+        self._fused: FusedDecoderModel | None = None
+        self._linears: PackedLinears | None = None
+        self._packed_version: Hashable = None
+        self._fused_reason: str | None = None
+        self._no_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself."""
+        model = self._model_ref()
+        if model is None:
+            raise RuntimeError("the engine's model was deleted")
+        return model
+
+    @property
+    def fused(self) -> bool:
+        """Whether steps run through the fused decoder at present."""
+        return self._fused is not None
+
+    @property
+    def matches_model(self) -> bool:
+        """Whether the model still has the device and dtype that the pool was made for."""
+        return self.model.device == self.device and self.model.dtype == self.dtype
+
+    def prepare(self, weights_version: Hashable) -> None:
+        """Bring derived weights up to date; called when a call begins, never during a step."""
+        if self.config.pack_weights is False or self.device.type != "cpu":
+            return
+        changed = weights_version != self._packed_version
+        if self._fused is not None:
+            reason = self._fused.why_not_valid(self.model) or (self._fused.refresh() if changed else "")
+            if reason:
+                self._fused = None
+        elif self._linears is not None and changed and not self._linears.refresh(self.model):
+            self._linears = None
+        if self._fused is None and self.config.fused:
+            self._fused = self._make_fused()  # cheap to refuse; a removed hook or adapter makes it possible again
+        if self._fused is not None:
+            self._linears = None
+        elif self._linears is None and not self._why_not_packed():
+            self._linears = PackedLinears(self.model)
+        self._packed_version = weights_version
+
+    def _make_fused(self) -> FusedDecoderModel | None:
+        reason, fused = self._why_not_packed(), None
+        if not reason:
+            fused, reason = fused_decoder_for(
+                self.model, page_size=self.config.page_size, max_positions=self.spec.max_positions
+            )
+        if fused is None and reason != self._fused_reason:
+            logger.info("hf_accel runs the model's own layers: %s", reason)
+            self._fused_reason = reason
+        return fused
+
+    def _why_not_packed(self) -> str:
+        num_bytes = sum(p.nbytes for p in self.model.parameters())
+        held = self._linears.num_bytes if self._linears is not None else 0
+        if self.config.pack_weights == "auto" and num_bytes > (_available_memory() + held) // 2:
+            return f"packed weights of {num_bytes >> 20} MiB would take over half of the free memory (pack_weights=True insists)"
+        return PackedLinears.why_not()
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Logits of the tokens in `batch.logits_indices`: [num_logits, vocab_size] float32."""
+        if self._fused is not None:
+            return self._fused.forward(
+                batch.input_ids,
+                batch.positions,
+                batch.slot_mapping,
+                batch.page_table,
+                batch.seq_lens,
+                batch.query_start_loc,
+                batch.logits_indices,
+                self.pool.k_pages,
+                self.pool.v_pages,
+            )
+        metadata = self.backend.plan(batch)
+        step = _PagedStep(self.backend, self.pool, metadata)
+        packed = self._linears.on() if self._linears is not None else contextlib.nullcontext()
+        with torch.no_grad(), _no_autocast(self.device), paged_attention_on(self.spec.configs), packed:
+            output = self.model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.positions[None],
+                attention_mask=self._no_mask,
+                use_cache=False,
+                logits_to_keep=batch.logits_indices,
+                forward_batch=step,
+            )
+        return output.logits[0].float()
+
+    def read_kv(self, layer: int, page_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contiguous copies of a sequence's keys and values: [num_kv_heads, num_tokens, head_dim] each."""
+
+        def contiguous(pages: torch.Tensor) -> torch.Tensor:
+            return pages[page_ids].transpose(0, 1).flatten(1, 2)[:, :num_tokens]  # from [pages, heads, page_size, dim]
+
+        return contiguous(self.pool.k_pages[layer]), contiguous(self.pool.v_pages[layer])
+
+    def close(self) -> None:
+        """Give every byte back; the runner is of no use afterwards."""
+        self.pool.release()
+        self._fused = self._linears = None
+
+    def _fit_num_pages(self) -> int:
+        """Pages that fit in the configured share of the device's free memory."""
+        page_bytes = MHAPool.bytes_per_page_for(self.spec.layers, self.config.page_size, self.dtype)
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            budget = int(free * self.config.memory_fraction)
+        else:
+            budget = min(int(_available_memory() * self.config.memory_fraction), CPU_POOL_LIMIT)
+        most = self.config.max_num_seqs * -(-self.spec.max_positions // self.config.page_size)
+        num_pages = min(budget // page_bytes, most)
+        if num_pages < 1:
+            raise ValueError(
+                f"{budget} bytes of free memory hold no KV page of {page_bytes} bytes: free some memory, raise memory_fraction or lower page_size"
+            )
+        return num_pages
+
+
+class _PagedStep:
+    """The `forward_batch` keyword of one step: sends each layer's attention to the backend."""
+
+    def __init__(self, backend: AttentionBackend, pool: MHAPool, metadata: AttentionMetadata) -> None:
+        self.backend, self.pool, self.metadata = backend, pool, metadata
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        layer = module.layer_idx
+        sinks = options.get("s_aux")
+        out = self.backend.forward(
+            query[0].transpose(0, 1),  # [num_tokens, num_heads, head_dim]
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            self.pool.k_pages[layer],
+            self.pool.v_pages[layer],
+            self.metadata,
+            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            sliding_window=options.get("sliding_window") or 0,
+            softcap=options.get("softcap") or 0.0,
+            sinks=None if sinks is None else sinks.detach().float(),
+        )
+        return out[None]
+
+
+@contextlib.contextmanager
+def _no_autocast(device: torch.device) -> Iterator[None]:
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def _available_memory() -> int:
+    """Bytes of host memory that can be taken without swapping."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30

@@ -1,0 +1,122 @@
+"""Says why a `generate` call must go to HF's own code. Reads the model and the call; decides nothing else.
+
+Every function returns "" when the fast path reproduces HF's answer, otherwise the reason in words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationConfig
+
+HARMLESS_KWARGS = frozenset(
+    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "tokenizer"}
+)
+
+
+def model_reason(model: PreTrainedModel) -> str:
+    """Whether the model is in a state (mode, devices, wrappers) whose forward the engine does not run."""
+    if model.training and _has_dropout(model):
+        return "the model is in training mode with active dropout"
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        return "the model is in training mode with gradient checkpointing"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
+    if getattr(model, "_compiled_call_impl", None) is not None or any(
+        getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
+        for m in model.modules()
+    ):
+        return "the model or one of its modules is compiled by torch.compile"
+    device_map = getattr(model, "hf_device_map", None) or {}
+    if len(set(map(str, device_map.values()))) > 1:
+        return "the model is spread over several devices (hf_device_map)"
+    if model.device.type == "meta" or any(_offloads(m) for m in model.modules()):
+        return "weights are offloaded by accelerate"
+    return _prepare_inputs_reason(model)
+
+
+def call_reason(
+    input_ids: torch.Tensor, config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
+) -> str:
+    """Whether the call asks for something that only HF's own loop gives."""
+    if synced_gpus:
+        return "synced_gpus (FSDP or ZeRO-3)"
+    if getattr(config, "is_assistant", False):
+        return "the model is the assistant of another generation"
+    if config.return_dict_in_generate and config.output_attentions:
+        return "output_attentions"
+    if config.return_dict_in_generate and config.output_hidden_states:
+        return "output_hidden_states"
+    if not config.use_cache:
+        return "use_cache=False"
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        return f"cache_implementation={config.cache_implementation!r}"
+    if config.guidance_scale is not None and config.guidance_scale != 1:
+        return "guidance_scale"
+    if input_ids.numel() == 0 or input_ids.dim() != 2:
+        return "the prompt has no token ids"
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and (
+        type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False) or cache.get_seq_length()
+    ):
+        return "past_key_values given by the caller"
+    unknown = sorted(k for k, v in model_kwargs.items() if k not in HARMLESS_KWARGS and v is not None)
+    if unknown:
+        return f"model argument(s) {', '.join(unknown)}"
+    return _mask_reason(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+
+
+def _mask_reason(input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> str:
+    if mask is not None:
+        if mask.shape != input_ids.shape:
+            return "an attention_mask of another shape than input_ids"
+        if bool(((mask != 0) & (mask != 1)).any()):
+            return "an attention_mask with values other than 0 and 1"
+        if not bool(mask[:, -1].all()):
+            return "an attention_mask that hides the last token"
+    if position_ids is not None:
+        length = input_ids.shape[1]
+        expected = torch.arange(length, device=position_ids.device)[None]
+        if mask is not None:
+            mask = mask.to(position_ids.device).long()
+            expected = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        same = position_ids.shape[-1] == length and position_ids.dim() == 2
+        real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask.bool()
+        if not same or not bool((position_ids == expected)[real.expand_as(position_ids == expected)].all()):
+            return "position_ids given by the caller"
+    return ""
+
+
+def _prepare_inputs_reason(model: PreTrainedModel) -> str:
+    override = vars(model).get("prepare_inputs_for_generation")
+    if override is not None:
+        owner = getattr(override, "__self__", None)
+        configs = getattr(owner, "peft_config", None)
+        if not isinstance(configs, dict):
+            return "prepare_inputs_for_generation is replaced on the model"
+        if any(getattr(c, "is_prompt_learning", False) for c in configs.values()):
+            return "PEFT prompt learning"
+    own = type(model).prepare_inputs_for_generation
+    if own is not GenerationMixin.prepare_inputs_for_generation and not own.__module__.startswith("transformers."):
+        return "the model has its own prepare_inputs_for_generation"
+    if vars(model).get("forward") is not None and not hasattr(model, "_hf_hook"):
+        return "the model's forward is replaced on the instance"
+    return ""
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    return any(getattr(m, "p", 0) > 0 and "Dropout" in type(m).__name__ for m in model.modules()) or any(
+        getattr(m, name, 0)
+        for m in model.modules()
+        for name in ("attention_dropout", "dropout")
+        if isinstance(getattr(m, name, 0), float)
+    )
+
+
+def _offloads(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return any(getattr(h, "offload", False) for h in hooks)

@@ -1,0 +1,80 @@
+"""The generate seam: `_sample` of a model's class, where greedy search and sampling both arrive with everything prepared.
+
+Installed once per class, opted into per instance, removed with the last instance. Beam search, assisted decoding and the
+rest never reach it. Knows nothing of engines: what runs instead is handed in.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+SampleFunction = Callable[..., Any]
+"""`run(model, original, *args, **kwargs)`: the replacement; `original(*args, **kwargs)` is HF's bound `_sample`."""
+
+_lock = threading.RLock()  # a weakref callback may fire while it is held
+_instances: dict[type, dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]]] = {}
+_MISSING = object()
+_displaced: dict[type, dict[str, Any]] = {}
+
+
+def install(model: PreTrainedModel, run: SampleFunction, leave: Callable[[PreTrainedModel], Any]) -> None:
+    """Send this model's `_sample` calls to `run`. Other models of its class are not touched.
+
+    While its class has a patched model, a `with` block over one calls `leave(model)` at its end.
+    """
+    cls = type(model)
+    with _lock:
+        if cls not in _instances:
+            entries: dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]] = {}
+            attributes = {
+                "_sample": _dispatching(cls._sample, entries),
+                "__enter__": lambda self: self,
+                "__exit__": lambda self, *exc: leave(self) and None,
+            }
+            _instances[cls] = entries
+            _displaced[cls] = {name: cls.__dict__.get(name, _MISSING) for name in attributes}
+            for name, value in attributes.items():
+                setattr(cls, name, value)
+        _instances[cls][id(model)] = (weakref.ref(model, _remover(cls, id(model))), run)
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Undo `install`; the class is left as it was found once its last model is gone. Unknown models are ignored."""
+    _remove(type(model), id(model))
+
+
+def _remover(cls: type, key: int) -> Callable[[object], None]:
+    return lambda _: _remove(cls, key)
+
+
+def _remove(cls: type, key: int) -> None:
+    with _lock:
+        entries = _instances.get(cls)
+        if entries is None or entries.pop(key, None) is None or entries:
+            return
+        del _instances[cls]
+        for name, old in _displaced.pop(cls).items():
+            if old is _MISSING:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, old)
+
+
+def _dispatching(
+    original: Callable[..., Any], entries: dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]]
+) -> Callable[..., Any]:
+    @functools.wraps(original)  # HF inspects the signature
+    def _sample(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        entry = entries.get(id(self))
+        bound = functools.partial(original, self)
+        if entry is None or entry[0]() is not self:
+            return bound(*args, **kwargs)
+        return entry[1](self, bound, *args, **kwargs)
+
+    return _sample

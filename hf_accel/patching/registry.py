@@ -1,0 +1,203 @@
+"""Which models can be accelerated, and what an engine must know of one. Reads HF configurations and modules; changes none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from hf_accel.kv_cache.pool import LayerShape
+from hf_accel.patching.attention import attention_configs, paged_attention_on
+
+SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
+KNOWN_OPTIONS = frozenset(
+    {
+        "dropout",
+        "sliding_window",
+        "softcap",
+        "s_aux",
+        "position_ids",
+        "cache_position",
+        "is_causal",
+        "use_cache",
+        "output_attentions",
+    }
+    | {
+        "output_hidden_states",
+        "position_embeddings",
+        "return_dict",
+        "output_router_logits",
+        "logits_to_keep",
+        "past_key_value",
+    }
+)
+UNSUPPORTED_ATTRIBUTES = {
+    "kv_lora_rank": "it uses multi-head latent attention (MLA), which is not supported yet",
+    "num_kv_shared_layers": "its layers share KV with each other",
+    "attention_chunk_size": "it uses chunked attention",
+    "mamba_d_state": "it has state-space (mamba) layers",
+    "ssm_state_size": "it has state-space (mamba) layers",
+    "linear_num_key_heads": "it has linear-attention layers",
+}
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be accelerated; the message names the reason. `model.generate` keeps working as it was."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the engine needs to know of a model.
+
+    Attributes:
+        layers: KV shape of each attention layer, by `layer_idx`.
+        vocab_size: size of the logits.
+        max_positions: longest sequence that the model was made for, in tokens.
+        static_positions: rope is the same at every length up to this one (longrope and dynamic rope switch past it).
+        configs: the configuration objects to switch while a step runs.
+    """
+
+    layers: tuple[LayerShape, ...]
+    vocab_size: int
+    max_positions: int
+    static_positions: int | None
+    configs: list[Any]
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The HF model itself, where `model` may be a PEFT wrapper around it."""
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    original = getattr(model, "_orig_mod", None)
+    if isinstance(original, PreTrainedModel):
+        raise UnsupportedModelError(
+            "the model is wrapped by torch.compile: patch the model itself, before compiling it"
+        )
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise UnsupportedModelError(
+            f"expected a transformers causal language model with `generate`, got {type(model).__name__}"
+        )
+    return model
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError, with the reason, for a model that cannot run on a paged KV cache."""
+    config, name = model.config, type(model).__name__
+
+    def refuse(reason: str) -> None:
+        raise UnsupportedModelError(f"{name} cannot be accelerated: {reason}")
+
+    if getattr(config, "is_encoder_decoder", False):
+        refuse("it is an encoder-decoder")
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        refuse("it is a multimodal model; only text decoders are supported")
+    for attribute, reason in UNSUPPORTED_ATTRIBUTES.items():
+        if getattr(config, attribute, None):
+            refuse(reason)
+    types = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
+    if types:
+        refuse(f"it has layers of type {', '.join(sorted(types))}; only full and sliding attention are supported")
+    if getattr(config, "use_bidirectional_attention", False):
+        refuse("it attends in both directions")
+    if not getattr(model, "_supports_attention_backend", False):
+        refuse("its attention does not go through transformers' AttentionInterface")
+    if getattr(model, "_is_stateful", False):
+        refuse("it keeps a recurrent state instead of a KV cache")
+
+
+def read_spec(model: PreTrainedModel) -> ModelSpec:
+    """Learn the model's KV shapes by running one token through it (hooks of the user do not fire).
+
+    Raises:
+        UnsupportedModelError: a layer's attention does not reach the interface, or passes something we do not implement.
+    """
+    check_supported(model)
+    configs = attention_configs(model)
+    probe = _Probe()
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.no_grad(), _hooks_silenced(model), paged_attention_on(configs):
+        try:
+            output = model(
+                input_ids=token,
+                position_ids=token,
+                attention_mask=token.new_zeros(1, 1, 1, 1, dtype=model.dtype),
+                use_cache=False,
+                forward_batch=probe,
+            )
+        except TypeError as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be accelerated: its forward refused a keyword: {error}"
+            ) from error
+    expected = model.config.num_hidden_layers
+    missing = sorted(set(range(expected)) - set(probe.layers))
+    if missing or len(probe.layers) != expected:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be accelerated: the attention of layers {missing} does not go through transformers' AttentionInterface"
+        )
+    if probe.unknown:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be accelerated: its attention uses {', '.join(sorted(probe.unknown))}"
+        )
+    return ModelSpec(
+        layers=tuple(probe.layers[i] for i in range(expected)),
+        vocab_size=output.logits.shape[-1],
+        max_positions=getattr(model.config, "max_position_embeddings", None) or 1 << 20,
+        static_positions=_static_positions(model.config),
+        configs=configs,
+    )
+
+
+def _static_positions(config: Any) -> int | None:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    variants = list(rope.values()) if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    if not any(v.get("rope_type", v.get("type")) in ("dynamic", "longrope") for v in variants if isinstance(v, dict)):
+        return None
+    original = getattr(config, "original_max_position_embeddings", None)
+    for v in variants:
+        original = v.get("original_max_position_embeddings") or original
+    return original or config.max_position_embeddings
+
+
+class _Probe:
+    """A stand-in for a ForwardBatch that writes down the shapes that each layer passes."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerShape] = {}
+        self.unknown: set[str] = set()
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        self.layers[module.layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        self.unknown |= {k for k, v in options.items() if k not in KNOWN_OPTIONS and v is not None and v is not False}
+        if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+            self.unknown.add("non-causal attention")
+        groups = query.shape[1] // key.shape[1]
+        return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous()
+
+
+@contextlib.contextmanager
+def _hooks_silenced(model: nn.Module) -> Iterator[None]:
+    saved = []
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks:
+                saved.append((hooks, dict(hooks)))
+                hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, content in saved:
+            hooks.update(content)

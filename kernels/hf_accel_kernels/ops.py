@@ -1,0 +1,156 @@
+"""The attention ops' typed contract: shapes, dtypes, units, and which form computes them.
+
+CPU tensors go to the C++ ops where the library loads (`cpu/library.py`), everything else to plain torch ops.
+Owns validation and dispatch. Knows tensors only: no request, no model, no scheduler.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from . import torch_attention
+from .cpu.attention import DTYPES, CpuAttention
+
+
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write the keys and values of new tokens into their slots of the pages.
+
+    Args:
+        k: [num_tokens, num_kv_heads, head_dim], any strides.
+        v: [num_tokens, num_kv_heads, v_head_dim], any strides.
+        k_pages: [num_pages, num_kv_heads, page_size, head_dim], contiguous; written.
+        v_pages: [num_pages, num_kv_heads, page_size, v_head_dim], contiguous; written.
+        slot_mapping: [num_tokens] int64, page * page_size + offset; on CPU a negative slot skips its token.
+
+    Raises:
+        ValueError: shapes, dtypes or layouts disagree.
+    """
+    _check_pages(k_pages, v_pages)
+    expected = (slot_mapping.shape[0], k_pages.shape[1])
+    if (*expected, k_pages.shape[3]) != k.shape or (*expected, v_pages.shape[3]) != v.shape:
+        raise ValueError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [num_tokens, num_kv_heads, dim] for "
+            f"{expected[0]} slots and pages {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
+        )
+    if not k.dtype == v.dtype == k_pages.dtype or slot_mapping.dtype != torch.int64:
+        raise ValueError(
+            f"k, v and the pages must share one dtype ({k.dtype}, {v.dtype}, {k_pages.dtype}); slots int64"
+        )
+    cpu = _cpu_ops() if k.device.type == "cpu" and k.dtype in DTYPES else None
+    if cpu is None:
+        return torch_attention.store_kv(k, v, k_pages, v_pages, slot_mapping)
+    k = k if k.stride(2) == 1 else k.contiguous()
+    v = v if v.stride(2) == 1 else v.contiguous()
+    return cpu.store_kv(k, v, k_pages, v_pages, slot_mapping.contiguous())
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    *,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of new tokens over their sequences' pages: prefill chunks, decode rows, or both in one call.
+
+    Query j of a sequence with q_len queries stands at position seq_len - q_len + j and sees positions up to its own.
+    Sums are fp32. Slots beyond a sequence's length are never read into a result.
+
+    Args:
+        q: [num_tokens, num_heads, head_dim], float32, bfloat16 or float16, any strides.
+        k_pages: [num_pages, num_kv_heads, page_size, head_dim], contiguous, q's dtype.
+        v_pages: [num_pages, num_kv_heads, page_size, v_head_dim], contiguous, q's dtype.
+        page_table: [num_seqs, max_pages] int32; entries beyond a sequence's pages are ignored.
+        seq_lens: [num_seqs] int32, context lengths including this step's tokens, already stored.
+        query_start_loc: [num_seqs + 1] int32, where each sequence's tokens begin in q.
+        scale: factor on the dot products.
+        sliding_window: 0 for none; w: the token at position i sees positions (i - w, i].
+        softcap: 0 for none; else logits become softcap * tanh(logits / softcap).
+        sinks: [num_heads] or None; one more logit per head in the softmax's denominator (GPT-OSS).
+        out: [num_tokens, num_heads, v_head_dim] to write to, or None for a new one; tokens that see nothing get zeros.
+
+    Raises:
+        ValueError: shapes, dtypes or layouts disagree.
+    """
+    _check_pages(k_pages, v_pages)
+    _check_queries(q, k_pages, page_table, seq_lens, query_start_loc)
+    if out is None:
+        out = torch.empty(q.shape[0], q.shape[1], v_pages.shape[3], dtype=q.dtype, device=q.device)
+    elif out.shape != (q.shape[0], q.shape[1], v_pages.shape[3]) or out.dtype != q.dtype or out.stride(2) != 1:
+        raise ValueError(f"out must be [num_tokens, num_heads, v_head_dim] of q's dtype, got {tuple(out.shape)}")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks must be [num_heads] = [{q.shape[1]}], got {tuple(sinks.shape)}")
+    cpu = _cpu_ops() if q.device.type == "cpu" and q.dtype in DTYPES else None
+    if cpu is None:
+        query_lens = query_start_loc.diff().tolist()
+        return torch_attention.paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            page_table,
+            seq_lens,
+            query_lens,
+            seq_lens.tolist(),
+            scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            out=out,
+        )
+    q = q if q.stride(2) == 1 else q.contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
+    seq_lens, starts = seq_lens.contiguous(), query_start_loc.contiguous()
+    cpu.paged_attention(q, k_pages, v_pages, page_table, seq_lens, starts, scale, sliding_window, softcap, sinks, out)
+    return out
+
+
+@functools.cache
+def _cpu_ops() -> CpuAttention | None:
+    try:
+        return CpuAttention()
+    except RuntimeError:
+        return None
+
+
+def _check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
+    if k_pages.ndim != 4 or v_pages.ndim != 4 or k_pages.shape[:3] != v_pages.shape[:3]:
+        raise ValueError(
+            "k_pages and v_pages must be [num_pages, num_kv_heads, page_size, dim] with the same first three sizes, "
+            f"got {tuple(k_pages.shape)} and {tuple(v_pages.shape)}"
+        )
+    if k_pages.dtype != v_pages.dtype or not k_pages.is_contiguous() or not v_pages.is_contiguous():
+        raise ValueError("k_pages and v_pages must be contiguous and of one dtype")
+
+
+def _check_queries(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+) -> None:
+    if q.ndim != 3 or q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[1] or q.dtype != k_pages.dtype:
+        raise ValueError(
+            f"q must be [num_tokens, num_heads, head_dim] of the pages' dtype, num_heads a multiple of num_kv_heads; "
+            f"got {tuple(q.shape)} {q.dtype} for pages {tuple(k_pages.shape)} {k_pages.dtype}"
+        )
+    num_seqs = seq_lens.shape[0]
+    if page_table.ndim != 2 or page_table.shape[0] != num_seqs or query_start_loc.shape != (num_seqs + 1,):
+        raise ValueError(
+            f"page_table {tuple(page_table.shape)}, seq_lens {tuple(seq_lens.shape)} and query_start_loc "
+            f"{tuple(query_start_loc.shape)} must be [num_seqs, max_pages], [num_seqs], [num_seqs + 1]"
+        )
+    if not page_table.dtype == seq_lens.dtype == query_start_loc.dtype == torch.int32:
+        raise ValueError("page_table, seq_lens and query_start_loc must be int32")

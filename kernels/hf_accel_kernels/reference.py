@@ -1,0 +1,62 @@
+"""Every op in plain PyTorch: the oracle the fast forms are tested against.
+
+Owns what the ops mean. Slow, written to be obviously right, on any device. Knows nothing about speed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write the keys and values of new tokens into their slots; see `ops.store_kv`."""
+    page_size = k_pages.shape[2]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            k_pages[slot // page_size, :, slot % page_size] = k[token]
+            v_pages[slot // page_size, :, slot % page_size] = v[token]
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    *,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """One query token at a time, in `compute_dtype`; see `ops.paged_attention`."""
+    page_size, group = k_pages.shape[2], q.shape[1] // k_pages.shape[1]
+    if out is None:
+        out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
+    out.zero_()
+    starts = query_start_loc.tolist()
+    for seq, seq_len in enumerate(seq_lens.tolist()):
+        query_len = starts[seq + 1] - starts[seq]
+        for j in range(query_len):
+            position = seq_len - query_len + j
+            first = max(0, position - sliding_window + 1) if sliding_window else 0
+            visible = torch.arange(first, position + 1, device=q.device)
+            if visible.numel() == 0:
+                continue
+            pages = page_table[seq, visible // page_size].long()
+            keys = k_pages[pages, :, visible % page_size].to(compute_dtype).repeat_interleave(group, dim=1)
+            values = v_pages[pages, :, visible % page_size].to(compute_dtype).repeat_interleave(group, dim=1)
+            query = q[starts[seq] + j].to(compute_dtype)  # [num_heads, head_dim]
+            logits = torch.einsum("nhd,hd->hn", keys, query) * scale  # [num_heads, num_visible]
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            if sinks is not None:
+                logits = torch.cat([logits, sinks.to(compute_dtype)[:, None]], dim=1)
+            weights = torch.softmax(logits, dim=1)[:, : visible.numel()]
+            out[starts[seq] + j] = torch.einsum("hn,nhd->hd", weights, values).to(out.dtype)
+    return out

@@ -1,0 +1,50 @@
+"""The pool's shapes, sizes, and giving memory back and taking it again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_accel.kv_cache.pool import LayerShape, MHAPool
+
+LAYERS = [LayerShape(2, 16, 16), LayerShape(1, 24, 8)]
+
+
+def test_shapes_and_sizes() -> None:
+    pool = MHAPool(LAYERS, num_pages=5, page_size=4, dtype=torch.bfloat16, device="cpu")
+    assert [tuple(t.shape) for t in pool.k_pages] == [(5, 2, 4, 16), (5, 1, 4, 24)]
+    assert [tuple(t.shape) for t in pool.v_pages] == [(5, 2, 4, 16), (5, 1, 4, 8)]
+    assert all(t.dtype == torch.bfloat16 and t.is_contiguous() for t in (*pool.k_pages, *pool.v_pages))
+    assert pool.bytes_per_page == (2 * 32 + 32) * 4 * 2
+    assert pool.bytes_per_page == MHAPool.bytes_per_page_for(LAYERS, 4, torch.bfloat16)
+    assert pool.num_bytes == 5 * pool.bytes_per_page
+
+
+def test_release_and_restore() -> None:
+    pool = MHAPool(LAYERS, num_pages=5, page_size=4, dtype=torch.float32, device="cpu")
+    shapes = [t.shape for t in (*pool.k_pages, *pool.v_pages)]
+    assert not pool.is_released
+    pool.release()
+    assert pool.is_released and pool.num_bytes == 0
+    pool.release()
+    pool.restore()
+    kept = pool.k_pages[0]
+    pool.restore()
+    assert pool.k_pages[0] is kept
+    assert [t.shape for t in (*pool.k_pages, *pool.v_pages)] == shapes
+    assert pool.num_bytes == 5 * pool.bytes_per_page
+
+
+def test_large_pool_is_writable_from_end_to_end() -> None:
+    """Large tensors take the huge-page advice, which must not change what they hold."""
+    pool = MHAPool([LayerShape(4, 64, 64)], num_pages=300, page_size=16, dtype=torch.float32, device="cpu")
+    pages = pool.k_pages[0]
+    assert pages.nbytes > 4 << 20
+    pages.copy_(torch.arange(pages.numel(), dtype=torch.float32).view_as(pages))
+    assert pages.view(-1)[-1] == pages.numel() - 1 and pages.view(-1)[0] == 0
+
+
+@pytest.mark.parametrize(("num_pages", "page_size"), [(0, 16), (4, 0), (-1, 16)])
+def test_sizes_must_be_positive(num_pages: int, page_size: int) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        MHAPool(LAYERS, num_pages=num_pages, page_size=page_size, dtype=torch.float32, device="cpu")

@@ -1,0 +1,213 @@
+"""The scheduler against a simulated model: every request gets the tokens it would get alone, whatever the pool and budget."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_accel.config import EngineConfig, FaultInjection
+from hf_accel.kv_cache.manager import KVCacheManager
+from hf_accel.request import Request, RequestStatus
+from hf_accel.sampling_params import SamplingParams
+from hf_accel.scheduler.scheduler import OutOfPagesError, Scheduler
+
+VOCABULARY = 5
+EOS = 4
+
+
+def next_token(token_ids: list[int]) -> int:
+    """The simulated model: a fixed function of the history."""
+    return hash(tuple(token_ids)) % VOCABULARY
+
+
+def alone(prompt: list[int], max_new: int, eos: bool) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_new:
+        tokens.append(next_token(tokens))
+        if eos and tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+class Simulation:
+    """Drives a scheduler; checks that what it computes was computed in order and on pages that hold the right tokens."""
+
+    def __init__(self, config: EngineConfig, num_pages: int) -> None:
+        self.config = config
+        self.cache = KVCacheManager(num_pages, config.page_size, config.enable_prefix_cache, config.faults.force_miss)
+        self.scheduler = Scheduler(config, self.cache)
+        self.slots: dict[tuple[int, int], int] = {}  # (page, offset) -> token stored there
+        self.tables: dict[int, dict[int, int]] = {}
+        self.cohorts: list[list[Request]] = []
+        self.requests: dict[int, Request] = {}
+
+    def add(self, prompt: list[int], max_new: int, eos: bool, *, external: bool = False, namespace: int = 0) -> Request:
+        request = Request(
+            request_id=len(self.requests),
+            token_ids=list(prompt),
+            num_prompt_tokens=len(prompt),
+            params=SamplingParams(temperature=0, max_tokens=None),
+            namespace=namespace,
+            max_total_tokens=len(prompt) + max_new,
+            eos_token_ids=frozenset({EOS}) if eos else frozenset(),
+            external_sampling=external,
+        )
+        self.requests[request.request_id] = request
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> int:
+        output = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        page_size = self.config.page_size
+        assert output.num_tokens <= self.config.max_num_batched_tokens
+        for item in output.requests:  # as on the device: all of a step's tokens are stored before any is attended
+            table = self.tables.setdefault(item.slot, {})
+            table.update(item.page_updates)
+            for offset, token in enumerate(item.token_ids):
+                position = item.start + offset
+                self.slots[table[position // page_size], position % page_size] = token
+        sampled = {}
+        for item in output.requests:
+            request = self.requests[item.request_id]
+            table, end = self.tables[item.slot], item.start + len(item.token_ids)
+            context = [self.slots[table[p // page_size], p % page_size] for p in range(end)]
+            assert context == request.token_ids[:end], "the pages do not hold the request's tokens"
+            if end == request.num_tokens and not request.external_sampling:
+                sampled[item.request_id] = next_token(context)
+        self.scheduler.update(output, sampled)
+        self.scheduler.check_integrity()
+        for cohort in self.cohorts:
+            self._sample_cohort(cohort)
+        return len(output.requests) + len(output.failed) + len(output.retracted)
+
+    def _sample_cohort(self, cohort: list[Request]) -> None:
+        live = [r for r in cohort if not r.status.ended]
+        if live and all(r.awaiting_token for r in live):
+            for request in live:
+                token = next_token(request.token_ids)
+                self.scheduler.append_token(request, token)
+                if request.num_tokens == request.max_total_tokens or token in request.eos_token_ids:
+                    self.scheduler.finish(request, RequestStatus.FINISHED, "length")
+
+    def run(self, max_steps: int = 5000) -> None:
+        idle = 0
+        for _ in range(max_steps):
+            if all(r.status.ended for r in self.requests.values()):
+                break
+            idle = 0 if self.step() else idle + 1
+            assert idle < 3, "a dead stop"
+        else:
+            raise AssertionError("no end in sight")
+        self.cache.check_idle()
+
+
+configs = st.builds(
+    dict,
+    page_size=st.sampled_from([1, 2, 4, 8]),
+    max_num_seqs=st.integers(1, 8),
+    max_num_batched_tokens=st.integers(1, 40),
+    max_prefill_chunk=st.none() | st.integers(1, 9),
+    policy=st.sampled_from(["fcfs", "lpm", "priority"]),
+    enable_prefix_cache=st.booleans(),
+)
+prompts = st.lists(
+    st.tuples(
+        st.integers(0, 3), st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 12), st.booleans()
+    ),
+    min_size=1,
+    max_size=10,
+)
+SHARED = [[], [1] * 9, [1] * 9 + [2] * 8, [3, 2, 1] * 7]
+
+
+@settings(max_examples=int(os.environ.get("HF_ACCEL_STRESS_EXAMPLES", "150")), deadline=None)
+@given(config=configs, batch=prompts, spare=st.integers(0, 20), cohort=st.integers(0, 4), seed=st.integers(0, 1000))
+def test_every_request_gets_its_own_tokens(config: dict, batch: list, spare: int, cohort: int, seed: int) -> None:
+    longest = max(len(SHARED[kind]) + len(tail) + new for kind, tail, new, _ in batch)
+    num_pages = -(-longest // config["page_size"]) + spare
+    simulation = Simulation(EngineConfig(**config), num_pages)
+    expected, rows = [], []
+    rng = random.Random(seed)
+    for index, (kind, tail, new, eos) in enumerate(batch):
+        if rng.random() < 0.3:
+            simulation.step()
+        external = index < cohort
+        request = simulation.add(SHARED[kind] + tail, new, eos, external=external, namespace=rng.randrange(2))
+        expected.append((request, alone(SHARED[kind] + tail, new, eos)))
+        if external:
+            rows.append(request)
+    if rows:
+        simulation.cohorts.append(rows)
+    simulation.run()
+    for request, tokens in expected:
+        assert request.status is RequestStatus.FINISHED
+        assert request.token_ids[request.num_prompt_tokens :] == tokens
+
+
+@pytest.mark.parametrize("every", [2, 3, 7])
+@pytest.mark.parametrize("force_miss", [False, True])
+def test_forced_retraction_changes_nothing(every: int, force_miss: bool) -> None:
+    faults = FaultInjection(retract_every=every, force_miss=force_miss)
+    simulation = Simulation(EngineConfig(page_size=4, max_num_batched_tokens=64, faults=faults), 40)
+    expected = [(simulation.add([1] * 9 + [i], 15, False), alone([1] * 9 + [i], 15, False)) for i in range(4)]
+    simulation.run()
+    assert simulation.scheduler.num_retractions > 0
+    for request, tokens in expected:
+        assert request.token_ids[10:] == tokens
+
+
+def test_a_request_that_can_never_fit_fails_alone() -> None:
+    simulation = Simulation(EngineConfig(page_size=4), 4)
+    doomed = simulation.add([1] * 14, 30, False)
+    others = [simulation.add([2, i], 5, False) for i in range(3)]
+    simulation.run()
+    assert doomed.status is RequestStatus.FAILED
+    assert isinstance(doomed.error, OutOfPagesError) and "num_pages" in str(doomed.error)
+    assert all(r.status is RequestStatus.FINISHED and r.num_output_tokens == 5 for r in others)
+
+
+def test_equal_prompts_are_computed_once() -> None:
+    simulation = Simulation(EngineConfig(page_size=4, max_num_batched_tokens=16), 60)
+    prompt = [1, 2, 3] * 11
+    requests = [simulation.add(prompt, 3, False) for _ in range(5)]
+    steps = []
+    schedule = simulation.scheduler.schedule
+    simulation.scheduler.schedule = lambda: steps.append(schedule()) or steps[-1]  # type: ignore[method-assign]
+    simulation.run()
+    computed = sum(step.num_tokens for step in steps)
+    shared = (len(prompt) - 1) // 4 * 4
+    assert [r.num_cached_tokens for r in requests] == [0] + [shared] * 4
+    assert computed == len(prompt) + 4 * (len(prompt) - shared) + 5 * 2
+
+
+def test_priority_and_longest_prefix_order() -> None:
+    simulation = Simulation(EngineConfig(page_size=2, max_num_seqs=1, policy="priority"), 60)
+    late, urgent = simulation.add([1, 1], 2, False), simulation.add([2, 2], 2, False)
+    late.priority, urgent.priority = 5, 1
+    simulation.step()
+    assert urgent.status is RequestStatus.RUNNING and late.status is RequestStatus.WAITING
+    simulation = Simulation(EngineConfig(page_size=2, max_num_seqs=1, policy="lpm"), 60)
+    simulation.add([3] * 9, 1, False)
+    simulation.step()
+    other, same = simulation.add([1] * 9, 1, False), simulation.add([3] * 9, 1, False)
+    simulation.step()
+    assert same.status.ended and other.status is RequestStatus.WAITING
+
+
+def test_abort_in_every_state_gives_everything_back() -> None:
+    for steps in range(6):
+        simulation = Simulation(EngineConfig(page_size=2, max_num_batched_tokens=4), 30)
+        victim = simulation.add([1] * 10, 5, False)
+        other = simulation.add([1] * 8 + [2], 5, False)
+        for _ in range(steps):
+            simulation.step()
+        simulation.scheduler.finish(victim, RequestStatus.ABORTED, "abort")
+        simulation.scheduler.check_integrity()
+        simulation.run()
+        assert victim.status in (RequestStatus.ABORTED, RequestStatus.FINISHED)
+        assert other.token_ids[9:] == alone([1] * 8 + [2], 5, False)
