@@ -71,9 +71,10 @@ class Scheduler:
         request.token_ids.append(token_id)
         request.awaiting_token = False
         params = request.params
-        if request.external_sampling or request.num_output_tokens < params.min_tokens:
+        if request.external_sampling:
             return
-        if token_id in request.eos_token_ids or token_id in params.stop_token_ids:
+        may_stop = request.num_output_tokens >= params.min_tokens
+        if may_stop and (token_id in request.eos_token_ids or token_id in params.stop_token_ids):
             self.finish(request, RequestStatus.FINISHED, "stop")
         elif request.num_tokens >= request.max_total_tokens:
             self.finish(request, RequestStatus.FINISHED, "length")
