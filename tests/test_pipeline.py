@@ -99,7 +99,6 @@ def calls(ours, monkeypatch):
         {"add_special_tokens": False},
         {"tokenizer_encode_kwargs": {"truncation": True, "max_length": 4}},
         {"handle_long_generation": "hole"},
-        {"output_scores": True, "return_dict_in_generate": True},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
@@ -123,6 +122,16 @@ def test_input_forms_equal_transformers(plain, ours, inputs, return_full_text):
             ours(copy.deepcopy(inputs), return_full_text=return_full_text, **GREEDY)
         return
     assert ours(copy.deepcopy(inputs), return_full_text=return_full_text, **GREEDY) == expected
+
+
+def test_scores_come_with_each_prompt(plain, ours):
+    options = {**GREEDY, "output_scores": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    for got, expected in zip(ours(PROMPTS[:3], **options), plain(PROMPTS[:3], **options), strict=True):
+        assert [set(record) for record in got] == [set(record) for record in expected]
+        assert got[0]["generated_text"] == expected[0]["generated_text"]
+        torch.testing.assert_close(
+            torch.tensor(got[0]["scores"]), torch.tensor(expected[0]["scores"]), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_empty_prompt_goes_alone(plain, ours, calls):
