@@ -19,6 +19,7 @@ import torch
 
 from hf_accel.config import EngineConfig
 from hf_accel.engine.executor import Executor, StepResult
+from hf_accel.engine.interrupts import InterruptGate, interrupts_deferred
 from hf_accel.kv_cache.manager import KVCacheManager
 from hf_accel.request import Request, RequestStatus
 from hf_accel.scheduler.output import SchedulerOutput
@@ -64,7 +65,7 @@ class EngineCore:
 
     def add(self, make_request: Callable[[int], Request]) -> Request:
         """Queue the request that `make_request(request_id)` builds."""
-        with self._condition:
+        with interrupts_deferred(), self._condition:
             request = make_request(next(self._ids))
             self.requests[request.request_id] = request
             self.scheduler.add(request)
@@ -72,7 +73,7 @@ class EngineCore:
 
     def release(self, requests: Sequence[Request]) -> None:
         """Forget requests; those still going are aborted and give their pages back."""
-        with self._condition:
+        with interrupts_deferred(), self._condition:
             for request in requests:
                 self.scheduler.finish(request, RequestStatus.ABORTED, "abort")
                 self.requests.pop(request.request_id, None)
@@ -81,7 +82,7 @@ class EngineCore:
 
     def finish(self, request: Request, status: RequestStatus, reason: str, error: BaseException | None = None) -> None:
         """End a request early (a stop string, an abort, a failure of its own); ended ones are left as they are."""
-        with self._condition:
+        with interrupts_deferred(), self._condition:
             self.scheduler.finish(request, status, reason, error)
             self._condition.notify_all()
 
@@ -156,7 +157,7 @@ class EngineCore:
 
     def feed(self, rows: Sequence[Request], token_ids: Sequence[int]) -> None:
         """Give each row the token that its caller chose."""
-        with self._condition:
+        with interrupts_deferred(), self._condition:
             for row, token_id in zip(rows, token_ids, strict=True):
                 self._held_logits.pop(row.request_id, None)
                 self.scheduler.append_token(row, token_id)
@@ -178,35 +179,36 @@ class EngineCore:
 
     def _step(self) -> None:
         """One step, begun and ended under the lock, its forward outside of it."""
-        self._stepper = threading.get_ident()
         start = time.monotonic()
-        try:
-            output = self.scheduler.schedule()
-            for request_id in output.failed:
-                self._on_tokens(self.requests[request_id], StepResult())
-            if output.requests:
-                self._run(output)
-        finally:
-            self._stepper = None
-            self._last_step_end = time.monotonic()
-            self._last_step_seconds = self._last_step_end - start
-            self.busy_seconds += self._last_step_seconds
-            self._condition.notify_all()
+        with interrupts_deferred() as gate:
+            self._stepper = threading.get_ident()
+            try:
+                output = self.scheduler.schedule()
+                for request_id in output.failed:
+                    self._tell(self.requests[request_id], StepResult())
+                if output.requests:
+                    self._run(output, gate)
+            finally:
+                self._stepper = None
+                self._last_step_end = time.monotonic()
+                self._last_step_seconds = self._last_step_end - start
+                self.busy_seconds += self._last_step_seconds
+                self._condition.notify_all()
         if self.config.faults.check_integrity:
             self.scheduler.check_integrity()
 
-    def _run(self, output: SchedulerOutput) -> None:
+    def _run(self, output: SchedulerOutput, gate: InterruptGate) -> None:
         requests = [self.requests[item.request_id] for item in output.requests]
         try:
             batch = self.executor.build(output)
-            with self._unlocked():
+            with self._unlocked(), gate.open():
                 result = self.executor.execute(batch, requests)
         except Exception as error:
             self._resend_pages(requests)
             if len(requests) == 1:
                 self._fail(requests[0], error)
             else:
-                self._run_alone(output, requests)
+                self._run_alone(output, requests, gate)
             return
         except BaseException:  # KeyboardInterrupt: nothing was counted, so the next driver runs the same tokens again
             self._resend_pages(requests)
@@ -216,14 +218,23 @@ class EngineCore:
     def _fail(self, request: Request, error: Exception) -> None:
         if not request.status.ended:
             self.scheduler.finish(request, RequestStatus.FAILED, "error", error)
+            self._tell(request, StepResult())
+
+    def _tell(self, request: Request, result: StepResult) -> None:
+        """Hand a request its step's result; what goes wrong there is that request's failure alone."""
+        try:
+            self._on_tokens(request, result)
+        except Exception as error:
+            self.scheduler.finish(request, RequestStatus.FAILED, "error", error)
+            request.error = request.error or error
             self._on_tokens(request, StepResult())
 
-    def _run_alone(self, output: SchedulerOutput, requests: list[Request]) -> None:
+    def _run_alone(self, output: SchedulerOutput, requests: list[Request], gate: InterruptGate) -> None:
         """A batch failed: run its requests one by one, so that only the guilty one fails."""
         for item, request in zip(output.requests, requests, strict=True):
             if request.status is RequestStatus.RUNNING:
                 whole_row = tuple(enumerate(self.cache.page_ids(item.request_id)))
-                self._run(SchedulerOutput((replace(item, page_updates=whole_row),), len(item.token_ids)))
+                self._run(SchedulerOutput((replace(item, page_updates=whole_row),), len(item.token_ids)), gate)
 
     def _apply(self, output: SchedulerOutput, requests: list[Request], result: StepResult) -> None:
         going = [r for r in requests if not r.status.ended]  # others were ended by another thread meanwhile
@@ -234,7 +245,7 @@ class EngineCore:
         for request in going:
             if request.awaiting_token:
                 self._held_logits[request.request_id] = result.last_logits[request.request_id]
-            self._on_tokens(request, result)
+            self._tell(request, result)
 
     def _resend_pages(self, requests: list[Request]) -> None:
         """The page table may not have taken this step's changes: send each row whole with its next step."""

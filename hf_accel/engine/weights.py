@@ -147,7 +147,8 @@ class WeightTracker:
         if any(id(p) in self._parameter_ids for p in parameters) or any(
             address in self._storages for p in parameters for address in _storage_addresses(p)
         ):
-            self._num_steps += 1
+            with _HOOK_LOCK:
+                self._num_steps += 1
 
 
 # -- the module tree --
@@ -167,8 +168,16 @@ def _walk(root: nn.Module) -> tuple[list[nn.Module], list[torch.Tensor]]:
         if fields["_parameters"]:
             tensors += fields["_parameters"].values()
         if fields["_buffers"]:
-            tensors += fields["_buffers"].values()
+            tensors += _own_buffers(fields)
     return modules, [tensor for tensor in tensors if tensor is not None]
+
+
+def _own_buffers(fields: dict[str, Any]) -> list[torch.Tensor | None]:
+    """A module's buffers, but for the frequencies that longrope and dynamic rope derive anew in every forward."""
+    buffers = fields["_buffers"]
+    if not any(name in str(fields.get("rope_type")) for name in ("longrope", "dynamic")):
+        return list(buffers.values())
+    return [buffer for name, buffer in buffers.items() if "original" in name or not name.endswith("inv_freq")]
 
 
 def _refer_to(refs: list[weakref.ref[Any]], objects: list[Any]) -> bool:

@@ -94,14 +94,22 @@ def attention_configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def paged_attention_on(configs: list[Any]) -> contextlib.AbstractContextManager[None]:
+    """While open, models that read `configs` attend through us."""
+    return attention_replaced(configs, None)
+
+
 @contextlib.contextmanager
-def paged_attention_on(configs: list[Any]) -> Iterator[None]:
-    """While open, models that read `configs` attend through us. Counted, so that models sharing a config may overlap."""
+def attention_replaced(configs: list[Any], name: str | None) -> Iterator[None]:
+    """While open, `configs` name the interface entry `name`, or the paged one that stands in for their own.
+
+    Counted, so that models sharing a config may overlap.
+    """
     with _lock:
         for config in configs:
             count, original = _active.get(id(config), (0, config._attn_implementation_internal))
             if count == 0:
-                config._attn_implementation_internal = _registered_name(original)
+                config._attn_implementation_internal = name or _registered_name(original)
             _active[id(config)] = (count + 1, original)
     try:
         yield

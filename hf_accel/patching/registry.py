@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from hf_accel.kv_cache.pool import LayerShape
-from hf_accel.patching.attention import attention_configs, paged_attention_on
+from hf_accel.patching.attention import attention_configs
+from hf_accel.patching.probe import Probe
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
-KNOWN_OPTIONS = frozenset(
-    {
-        "dropout",
-        "sliding_window",
-        "softcap",
-        "s_aux",
-        "position_ids",
-        "cache_position",
-        "is_causal",
-        "use_cache",
-        "output_attentions",
-    }
-    | {
-        "output_hidden_states",
-        "position_embeddings",
-        "return_dict",
-        "output_router_logits",
-        "logits_to_keep",
-        "past_key_value",
-    }
-)
 UNSUPPORTED_ATTRIBUTES = {
     "kv_lora_rank": "it uses multi-head latent attention (MLA), which is not supported yet",
     "num_kv_shared_layers": "its layers share KV with each other",
@@ -112,44 +89,34 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def read_spec(model: PreTrainedModel) -> ModelSpec:
-    """Learn the model's KV shapes by running one token through it (hooks of the user do not fire).
+    """Learn the model's KV shapes by running two tokens through it (hooks of the user do not fire).
 
     Raises:
-        UnsupportedModelError: a layer's attention does not reach the interface, or passes something we do not implement.
+        UnsupportedModelError: a layer's attention does not reach the interface, or needs something we do not implement.
     """
     check_supported(model)
-    configs = attention_configs(model)
-    probe = _Probe()
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.no_grad(), _hooks_silenced(model), paged_attention_on(configs):
-        try:
-            output = model(
-                input_ids=token,
-                position_ids=token,
-                attention_mask=token.new_zeros(1, 1, 1, 1, dtype=model.dtype),
-                use_cache=False,
-                forward_batch=probe,
-            )
-        except TypeError as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be accelerated: its forward refused a keyword: {error}"
-            ) from error
+
+    def refuse(reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{type(model).__name__} cannot be accelerated: {reason}")
+
+    static_positions = _static_positions(model.config)
+    probe = Probe(static_positions)
+    try:
+        probe.run(model)
+    except TypeError as error:
+        raise refuse(f"its forward refused a keyword: {error}") from error
     expected = model.config.num_hidden_layers
     missing = sorted(set(range(expected)) - set(probe.layers))
     if missing or len(probe.layers) != expected:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be accelerated: the attention of layers {missing} does not go through transformers' AttentionInterface"
-        )
-    if probe.unknown:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be accelerated: its attention uses {', '.join(sorted(probe.unknown))}"
-        )
+        raise refuse(f"the attention of layers {missing} does not go through transformers' AttentionInterface")
+    if probe.problems:
+        raise refuse("; ".join(sorted(probe.problems)))
     return ModelSpec(
         layers=tuple(probe.layers[i] for i in range(expected)),
-        vocab_size=output.logits.shape[-1],
+        vocab_size=probe.vocab_size,
         max_positions=getattr(model.config, "max_position_embeddings", None) or 1 << 20,
-        static_positions=_static_positions(model.config),
-        configs=configs,
+        static_positions=static_positions,
+        configs=attention_configs(model),
     )
 
 
@@ -162,42 +129,3 @@ def _static_positions(config: Any) -> int | None:
     for v in variants:
         original = v.get("original_max_position_embeddings") or original
     return original or config.max_position_embeddings
-
-
-class _Probe:
-    """A stand-in for a ForwardBatch that writes down the shapes that each layer passes."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, LayerShape] = {}
-        self.unknown: set[str] = set()
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        options: dict[str, Any],
-    ) -> torch.Tensor:
-        self.layers[module.layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        self.unknown |= {k for k, v in options.items() if k not in KNOWN_OPTIONS and v is not None and v is not False}
-        if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-            self.unknown.add("non-causal attention")
-        groups = query.shape[1] // key.shape[1]
-        return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous()
-
-
-@contextlib.contextmanager
-def _hooks_silenced(model: nn.Module) -> Iterator[None]:
-    saved = []
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            if hooks:
-                saved.append((hooks, dict(hooks)))
-                hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, content in saved:
-            hooks.update(content)

@@ -99,9 +99,8 @@ static void decode_rows(const HfaAttentionArgs& a, const typename K::T* q, int64
   const bool fetch = first_row == 0;
   const int size = int(sizeof(typename K::T));
   decode_qk<K, R>(q, q_stride, rows, a.head_dim, fetch ? a.v_head_dim * size : 0, s);
-  for (int r = 0; r < R; ++r)
-    alpha[r] = softmax_row(s + r * MAX_TILE, p + r * MAX_TILE, rows.count, 0, rows.count, scale, state.max[first_row + r],
-                           state.sum[first_row + r]);
+  const int low[4] = {}, high[4] = {rows.count, rows.count, rows.count, rows.count};
+  softmax_rows(R, s, p, rows.count, low, high, scale, state.max + first_row, state.sum + first_row, alpha);
   for (int c = 0; c < a.v_head_dim; c += CHUNK * W) {
     const Rows<typename K::T>* ahead = fetch && c == 0 ? &next : nullptr;
     const auto run = [&](auto width) {
