@@ -110,6 +110,8 @@ class Scheduler:
                 continue
             was_prefill = len(item.token_ids) > 1 or request.num_computed_tokens < request.num_prompt_tokens
             request.num_computed_tokens = item.start + len(item.token_ids)
+            if request.logits_from is not None:  # those before were handed out: retraction need not compute them again
+                request.logits_from = max(request.logits_from, request.num_computed_tokens)
             if was_prefill:
                 # The runner has the row's table up to date, so a page swapped for the tree's copy must be sent again.
                 request.page_updates.extend(self.cache.commit(request))
