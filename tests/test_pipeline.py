@@ -99,7 +99,6 @@ def calls(ours, monkeypatch):
         {"add_special_tokens": False},
         {"tokenizer_encode_kwargs": {"truncation": True, "max_length": 4}},
         {"handle_long_generation": "hole"},
-        {"output_scores": True, "return_dict_in_generate": True},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
@@ -125,11 +124,21 @@ def test_input_forms_equal_transformers(plain, ours, inputs, return_full_text):
     assert ours(copy.deepcopy(inputs), return_full_text=return_full_text, **GREEDY) == expected
 
 
+def test_scores_come_with_each_prompt(plain, ours):
+    options = {**GREEDY, "output_scores": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    for got, expected in zip(ours(PROMPTS[:3], **options), plain(PROMPTS[:3], **options), strict=True):
+        assert [set(record) for record in got] == [set(record) for record in expected]
+        assert got[0]["generated_text"] == expected[0]["generated_text"]
+        torch.testing.assert_close(
+            torch.tensor(got[0]["scores"]), torch.tensor(expected[0]["scores"]), rtol=1e-4, atol=1e-4
+        )
+
+
 def test_empty_prompt_goes_alone(plain, ours, calls):
     prompts = ["", "The", "", "A list is"]
     options = {**GREEDY, "add_special_tokens": False}
     assert ours(prompts, **options) == plain(prompts, **options)
-    assert sorted(calls, key=str) == [(2, 2), None, None]
+    assert sorted(calls, key=str) == [(2, 3), None, None]
 
 
 def test_generators_and_datasets_stream_in_order(plain, ours):
@@ -201,10 +210,11 @@ def test_processor_of_the_caller_sees_one_prompt_at_a_time(plain, ours, calls):
 
 def test_no_pad_token_still_batches(plain, ours, calls, monkeypatch):
     expected = plain(list(PROMPTS), **GREEDY)
-    monkeypatch.setattr(ours.tokenizer, "pad_token", None)
+    tokenizer = AutoTokenizer.from_pretrained(shipped_model())
+    tokenizer.pad_token = None
     monkeypatch.setattr(ours.model.generation_config, "pad_token_id", None)
-    monkeypatch.setattr(ours, "_generation_defaults", {}, raising=False)
-    assert ours(list(PROMPTS), **GREEDY) == expected
+    pipe = AcceleratedPipeline(ours.model, tokenizer)
+    assert pipe(list(PROMPTS), **GREEDY) == expected
     assert calls[0][0] == len(PROMPTS)
 
 

@@ -100,7 +100,7 @@ def linear_providers(
     weights: list[torch.Tensor], packed: list[PackedLinear], num_rows: int
 ) -> dict[str, Callable[[], object]]:
     x = torch.randn(num_rows, weights[0].shape[1]).to(weights[0].dtype)
-    reordered = [torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), num_rows) for w in weights]
+    reordered = [torch.ops.mkldnn._reorder_linear_weight(w, num_rows) for w in weights]
     linear = torch.ops.mkldnn._linear_pointwise
     return {
         "packed": rotating([lambda p=p: packed_linear(x, p) for p in packed]),

@@ -125,41 +125,38 @@ def compare(model: Any, tokenizer: Any, options: DemoOptions) -> list[Comparison
         raise ValueError(f"--max-new-tokens must be less than {room - 1}: the model's context is {room} tokens")
     jobs = workloads(tokenizer, options.num_prompts, room - options.max_new_tokens, options.seed)
     runner = _Runner(model, tokenizer, options.max_new_tokens)
+    results = []
     total = 3 * sum(len(job.prompts) for job in jobs)
     with tqdm(total=total, unit="prompt", leave=False, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}") as bar:
-        bar.set_description("warming up")
-        runner.run(jobs[0].prompts[:1], max_new_tokens=2)
-        plain = []
-        for job in jobs:
+        for job in jobs:  # the three ways run next to each other, so that what else the machine does hits all alike
+            bar.set_description("warming up")
+            runner.run(job.prompts[:1], max_new_tokens=2)
             bar.set_description("plain generate, one by one")
             single = runner.one_by_one(job.prompts, bar.update)
             bar.set_description("plain generate, left-padded batch")
-            plain.append((single, runner.batch(job.prompts, bar)))
-        bar.set_description("hf-accel")
-        patched = _run_patched(model, runner, jobs, bar)
-    return [
-        Comparison(job, single, padded, ours, hit_rate, fallbacks, runner.divergences(job.prompts, single, ours))
-        for job, (single, padded), (ours, hit_rate, fallbacks) in zip(jobs, plain, patched, strict=True)
-    ]
+            padded = runner.batch(job.prompts, bar)
+            bar.set_description("hf-accel")
+            patched = _run_patched(model, runner, job, bar)
+            divergences = runner.divergences(job.prompts, single, patched[0])
+            results.append(Comparison(job, single, padded, *patched, divergences))
+    return results
 
 
-def _run_patched(model: Any, runner: _Runner, jobs: Sequence[Workload], bar: tqdm) -> list[tuple[Measured, float, int]]:
-    results = []
+def _run_patched(model: Any, runner: _Runner, job: Workload, bar: tqdm) -> tuple[Measured, float, int]:
+    """One call on the patched model, from an empty prefix cache: tokens and time, prefix hit rate, fallbacks."""
     hf_accel.patch(model)
     try:
         engine = hf_accel.get_engine(model)
-        runner.run(jobs[0].prompts[:1], max_new_tokens=2)
-        for job in jobs:
-            engine.flush_cache()
-            before = engine.stats()
-            measured = runner.batch(job.prompts, bar)
-            after = engine.stats()
-            num_prompt = after.num_prompt_tokens - before.num_prompt_tokens
-            hit_rate = (after.num_cached_tokens - before.num_cached_tokens) / num_prompt if num_prompt else 0.0
-            results.append((measured, hit_rate, after.num_fallbacks - before.num_fallbacks))
+        runner.run(job.prompts[:1], max_new_tokens=2)
+        engine.flush_cache()
+        before = engine.stats()
+        measured = runner.batch(job.prompts, bar)
+        after = engine.stats()
     finally:
         hf_accel.unpatch(model)
-    return results
+    num_prompt = after.num_prompt_tokens - before.num_prompt_tokens
+    hit_rate = (after.num_cached_tokens - before.num_cached_tokens) / num_prompt if num_prompt else 0.0
+    return measured, hit_rate, after.num_fallbacks - before.num_fallbacks
 
 
 class _Runner:

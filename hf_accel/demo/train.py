@@ -80,7 +80,7 @@ class Stream:
     def __init__(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         ids: list[int] = []
         starts: list[int] = []
-        for document in tokenizer(list(texts))["input_ids"]:
+        for document in tokenizer(list(texts), verbose=False)["input_ids"]:
             starts.append(len(ids))
             ids += [*document, tokenizer.eos_token_id]
         self.ids = torch.tensor(ids)  # [num_tokens]

@@ -19,6 +19,7 @@ import torch
 
 from hf_accel.config import EngineConfig
 from hf_accel.engine.executor import Executor, StepResult
+from hf_accel.engine.interrupts import InterruptGate, interrupts_deferred
 from hf_accel.kv_cache.manager import KVCacheManager
 from hf_accel.request import Request, RequestStatus
 from hf_accel.scheduler.output import SchedulerOutput
@@ -36,10 +37,13 @@ class EngineCore:
     Args:
         executor: runs steps on the device.
         config: limits and policy.
-        on_tokens: called under the lock after each step, with each request of it.
+        on_tokens: called under the lock after each step, with each request of it, also with those that failed.
+        ids: where request ids come from.
     """
 
-    def __init__(self, executor: Executor, config: EngineConfig, on_tokens: TokensCallback) -> None:
+    def __init__(
+        self, executor: Executor, config: EngineConfig, on_tokens: TokensCallback, ids: Iterator[int] | None = None
+    ) -> None:
         self.config = config
         self.executor = executor
         faults = config.faults
@@ -48,9 +52,10 @@ class EngineCore:
         self.requests: dict[int, Request] = {}
         self.busy_seconds = 0.0
         self._on_tokens = on_tokens
-        self._ids = itertools.count()
+        self._ids = itertools.count() if ids is None else ids
         self._condition = threading.Condition(threading.RLock())
-        self._stepping = False
+        self._stepper: int | None = None  # the thread that runs a step now
+        self._num_visitors = 0  # threads that wait for the gap between two steps
         self._held_logits: dict[int, torch.Tensor] = {}
         self._num_sampling = 0
         self._last_step_end = 0.0
@@ -60,7 +65,7 @@ class EngineCore:
 
     def add(self, make_request: Callable[[int], Request]) -> Request:
         """Queue the request that `make_request(request_id)` builds."""
-        with self._condition:
+        with interrupts_deferred(), self._condition:
             request = make_request(next(self._ids))
             self.requests[request.request_id] = request
             self.scheduler.add(request)
@@ -68,7 +73,7 @@ class EngineCore:
 
     def release(self, requests: Sequence[Request]) -> None:
         """Forget requests; those still going are aborted and give their pages back."""
-        with self._condition:
+        with interrupts_deferred(), self._condition:
             for request in requests:
                 self.scheduler.finish(request, RequestStatus.ABORTED, "abort")
                 self.requests.pop(request.request_id, None)
@@ -77,7 +82,7 @@ class EngineCore:
 
     def finish(self, request: Request, status: RequestStatus, reason: str, error: BaseException | None = None) -> None:
         """End a request early (a stop string, an abort, a failure of its own); ended ones are left as they are."""
-        with self._condition:
+        with interrupts_deferred(), self._condition:
             self.scheduler.finish(request, status, reason, error)
             self._condition.notify_all()
 
@@ -86,8 +91,9 @@ class EngineCore:
     def drive(self, done: Callable[[], bool]) -> None:
         """Run steps, or let another thread run them, until `done()` (called under the lock) says so."""
         with self._condition:
+            self._refuse_own_step()
             while not done():
-                if self._stepping:
+                if self._stepper is not None or self._num_visitors:
                     self._condition.wait()
                 elif (wait := self._regroup_seconds()) > 0:
                     self._condition.wait(wait)
@@ -99,7 +105,8 @@ class EngineCore:
     def step(self) -> bool:
         """Run one step if there is work and nobody else is stepping; says whether it ran."""
         with self._condition:
-            if self._stepping or not self.scheduler.has_work:
+            self._refuse_own_step()
+            if self._stepper is not None or self._num_visitors or not self.scheduler.has_work:
                 return False
             self._step()
             return True
@@ -108,9 +115,15 @@ class EngineCore:
     def exclusive(self) -> Iterator[None]:
         """Hold the engine between steps, for what must not happen during one."""
         with self._condition:
-            while self._stepping:
-                self._condition.wait()
-            yield
+            self._refuse_own_step()
+            self._num_visitors += 1  # whoever drives lets visitors in before its next step
+            try:
+                while self._stepper is not None:
+                    self._condition.wait()
+                yield
+            finally:
+                self._num_visitors -= 1
+                self._condition.notify_all()
 
     @property
     def lock(self) -> threading.Condition:
@@ -144,12 +157,19 @@ class EngineCore:
 
     def feed(self, rows: Sequence[Request], token_ids: Sequence[int]) -> None:
         """Give each row the token that its caller chose."""
-        with self._condition:
+        with interrupts_deferred(), self._condition:
             for row, token_id in zip(rows, token_ids, strict=True):
                 self._held_logits.pop(row.request_id, None)
                 self.scheduler.append_token(row, token_id)
 
     # ---- one step ----------------------------------------------------------------------------------------------
+
+    def _refuse_own_step(self) -> None:
+        if self._stepper == threading.get_ident():
+            raise RuntimeError(
+                "the engine was called from inside a step of its own (a forward hook, or a logits processor of "
+                "SamplingParams): call it before or after"
+            )
 
     def _regroup_seconds(self) -> float:
         if not self._num_sampling:
@@ -159,54 +179,73 @@ class EngineCore:
 
     def _step(self) -> None:
         """One step, begun and ended under the lock, its forward outside of it."""
-        self._stepping = True
         start = time.monotonic()
-        try:
-            output = self.scheduler.schedule()
-            if output.requests:
-                self._run(output)
-        finally:
-            self._stepping = False
-            self._last_step_end = time.monotonic()
-            self._last_step_seconds = self._last_step_end - start
-            self.busy_seconds += self._last_step_seconds
-            self._condition.notify_all()
+        with interrupts_deferred() as gate:
+            self._stepper = threading.get_ident()
+            try:
+                output = self.scheduler.schedule()
+                for request_id in output.failed:
+                    self._tell(self.requests[request_id], StepResult())
+                if output.requests:
+                    self._run(output, gate)
+            finally:
+                self._stepper = None
+                self._last_step_end = time.monotonic()
+                self._last_step_seconds = self._last_step_end - start
+                self.busy_seconds += self._last_step_seconds
+                self._condition.notify_all()
         if self.config.faults.check_integrity:
             self.scheduler.check_integrity()
 
-    def _run(self, output: SchedulerOutput) -> None:
+    def _run(self, output: SchedulerOutput, gate: InterruptGate) -> None:
         requests = [self.requests[item.request_id] for item in output.requests]
         try:
             batch = self.executor.build(output)
-            with self._unlocked():
+            with self._unlocked(), gate.open():
                 result = self.executor.execute(batch, requests)
         except Exception as error:
             self._resend_pages(requests)
             if len(requests) == 1:
-                self.scheduler.finish(requests[0], RequestStatus.FAILED, "error", error)
+                self._fail(requests[0], error)
             else:
-                self._run_alone(output)
+                self._run_alone(output, requests, gate)
             return
         except BaseException:  # KeyboardInterrupt: nothing was counted, so the next driver runs the same tokens again
             self._resend_pages(requests)
             raise
         self._apply(output, requests, result)
 
-    def _run_alone(self, output: SchedulerOutput) -> None:
+    def _fail(self, request: Request, error: Exception) -> None:
+        if not request.status.ended:
+            self.scheduler.finish(request, RequestStatus.FAILED, "error", error)
+            self._tell(request, StepResult())
+
+    def _tell(self, request: Request, result: StepResult) -> None:
+        """Hand a request its step's result; what goes wrong there is that request's failure alone."""
+        try:
+            self._on_tokens(request, result)
+        except Exception as error:
+            self.scheduler.finish(request, RequestStatus.FAILED, "error", error)
+            request.error = request.error or error
+            self._on_tokens(request, StepResult())
+
+    def _run_alone(self, output: SchedulerOutput, requests: list[Request], gate: InterruptGate) -> None:
         """A batch failed: run its requests one by one, so that only the guilty one fails."""
-        for item in output.requests:
-            if self.requests[item.request_id].status is RequestStatus.RUNNING:
+        for item, request in zip(output.requests, requests, strict=True):
+            if request.status is RequestStatus.RUNNING:
                 whole_row = tuple(enumerate(self.cache.page_ids(item.request_id)))
-                self._run(SchedulerOutput((replace(item, page_updates=whole_row),), len(item.token_ids)))
+                self._run(SchedulerOutput((replace(item, page_updates=whole_row),), len(item.token_ids)), gate)
 
     def _apply(self, output: SchedulerOutput, requests: list[Request], result: StepResult) -> None:
-        for request_id, error in result.errors.items():
-            self.scheduler.finish(self.requests[request_id], RequestStatus.FAILED, "error", error)
+        going = [r for r in requests if not r.status.ended]  # others were ended by another thread meanwhile
+        for request in going:
+            if request.request_id in result.errors:
+                self.scheduler.finish(request, RequestStatus.FAILED, "error", result.errors[request.request_id])
         self.scheduler.update(output, {i: token.token_id for i, token in result.tokens.items()})
-        for request in requests:
+        for request in going:
             if request.awaiting_token:
                 self._held_logits[request.request_id] = result.last_logits[request.request_id]
-            self._on_tokens(request, result)
+            self._tell(request, result)
 
     def _resend_pages(self, requests: list[Request]) -> None:
         """The page table may not have taken this step's changes: send each row whole with its next step."""

@@ -200,17 +200,18 @@ class Engine(EngineHost):
         """The chunks of a request that `add_request` queued."""
         group = self._group(request_id)
         news: list[StreamChunk] = []
+        finished = False
 
         def arrived() -> bool:
+            nonlocal finished
             news.extend(group.chunks())
-            return bool(news)
+            finished = group.output.finished  # of the same moment as the chunks: another thread may be driving
+            return bool(news) or finished
 
         try:
-            finished = False
             while not finished:
                 self.core.drive(arrived)
                 batch, news[:] = list(news), []
-                finished = group.output.finished and not group.chunks()
                 yield from batch
             if group.output.error is not None:
                 raise group.output.error

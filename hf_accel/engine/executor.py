@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +40,8 @@ class Executor:
         self.num_pages = runner.num_pages
         self.builder = ForwardBatchBuilder(runner.config.max_num_seqs, runner.config.page_size, runner.device)
         self.sampler = Sampler()
+        # One row a request over its own growing token list: penalties then count only what is new.
+        self._rows: weakref.WeakKeyDictionary[Request, SamplingRow] = weakref.WeakKeyDictionary()
 
     def build(self, output: SchedulerOutput) -> ForwardBatch:
         """The step's tensors; also takes over its page-table changes."""
@@ -69,9 +72,18 @@ class Executor:
         return result
 
     def _sample(self, logits: torch.Tensor, requests: list[Request], result: StepResult) -> None:
-        rows = [SamplingRow(r.params, r.token_ids, r.num_prompt_tokens, r.seed, r.eos_token_ids) for r in requests]
+        rows = [self._sampling_row(request) for request in requests]
         for request, token in zip(requests, self.sampler.sample(logits, rows), strict=True):
             if token.error is not None:
                 result.errors[request.request_id] = token.error
             else:
                 result.tokens[request.request_id] = token
+
+    def _sampling_row(self, request: Request) -> SamplingRow:
+        row = self._rows.get(request)
+        if row is None:
+            row = SamplingRow(
+                request.params, request.token_ids, request.num_prompt_tokens, request.seed, request.eos_token_ids
+            )
+            self._rows[request] = row
+        return row

@@ -6,6 +6,7 @@ Owns the core and the counters. Knows nothing of prompts, text or outputs.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import weakref
 from collections import Counter
@@ -40,11 +41,12 @@ class EngineHost:
         self._fallbacks: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
         self._asleep = self._closed = False
+        self._ids = itertools.count()  # outlives the core, so that no two requests of this engine share an id
         self._build(spec or read_spec(hf_model))
 
     def _build(self, spec: ModelSpec) -> None:
         runner = ModelRunner(self._model_ref, spec, self.config)
-        self.core = EngineCore(Executor(runner), self.config, self._on_step)
+        self.core = EngineCore(Executor(runner), self.config, self._on_step, self._ids)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -148,8 +150,8 @@ class EngineHost:
                 num_prompt_tokens=prompt,
                 num_cached_tokens=cached,
                 num_generated_tokens=generated,
-                num_steps=scheduler.num_steps,
-                num_retractions=scheduler.num_retractions,
+                num_steps=scheduler.num_steps + totals["steps"],
+                num_retractions=scheduler.num_retractions + totals["retractions"],
                 num_fallbacks=sum(self._fallbacks.values()),
                 fallback_reasons=dict(self._fallbacks),
                 cache_hit_rate=cached / prompt if prompt else 0.0,
@@ -203,10 +205,15 @@ class EngineHost:
 
     def _rebuild(self) -> None:
         """The model moved or changed its dtype: nothing of the old pool is of use."""
+        spec, old = read_spec(self.model), self.core
         self._fail_all(RuntimeError("the model changed its device or dtype while this request was running"))
+        for request in old.requests.values():
+            self._totals.update(_counts(request))
+        self._totals.update(steps=old.scheduler.num_steps, retractions=old.scheduler.num_retractions)
+        old.executor.runner.close()
         self._asleep = False
-        self._totals.update(steps=self.core.scheduler.num_steps)
-        self._build(read_spec(self.model))
+        self._build(spec)
+        self.core.busy_seconds = old.busy_seconds
 
     def _fail_all(self, error: RuntimeError) -> None:
         for request in list(self.core.requests.values()):

@@ -19,6 +19,7 @@ from hf_accel.engine.forward_batch import ForwardBatch
 from hf_accel.kv_cache.pool import MHAPool
 from hf_accel.patching.attention import paged_attention_on
 from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
+from hf_accel.patching.packed_linears import PackedLinears
 from hf_accel.patching.registry import ModelSpec
 
 logger = logging.getLogger("hf_accel")
@@ -44,7 +45,8 @@ class ModelRunner:
         self.num_pages = config.num_pages or self._fit_num_pages()
         self.pool = MHAPool(self.spec.layers, self.num_pages, config.page_size, self.dtype, self.device)
         self._fused: FusedDecoderModel | None = None
-        self._fused_version: Hashable = None
+        self._linears: PackedLinears | None = None
+        self._packed_version: Hashable = None
         self._fused_reason: str | None = None
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
 
@@ -68,24 +70,26 @@ class ModelRunner:
 
     def prepare(self, weights_version: Hashable) -> None:
         """Bring derived weights up to date; called when a call begins, never during a step."""
-        if not self.config.fused or self.config.pack_weights is False:
+        if self.config.pack_weights is False or self.device.type != "cpu":
             return
+        changed = weights_version != self._packed_version
         if self._fused is not None:
-            reason = self._fused.why_not_valid(self.model)
-            if not reason and weights_version != self._fused_version:
-                reason = self._fused.refresh()
+            reason = self._fused.why_not_valid(self.model) or (self._fused.refresh() if changed else "")
             if reason:
                 self._fused = None
-        if self._fused is None:
-            self._fused = self._make_fused()
-        self._fused_version = weights_version
+        elif self._linears is not None and changed and not self._linears.refresh(self.model):
+            self._linears = None
+        if self._fused is None and self.config.fused:
+            self._fused = self._make_fused()  # cheap to refuse; a removed hook or adapter makes it possible again
+        if self._fused is not None:
+            self._linears = None
+        elif self._linears is None and not self._why_not_packed():
+            self._linears = PackedLinears(self.model)
+        self._packed_version = weights_version
 
     def _make_fused(self) -> FusedDecoderModel | None:
-        reason, fused = "", None
-        packed_bytes = sum(p.nbytes for p in self.model.parameters())
-        if self.config.pack_weights == "auto" and packed_bytes > _available_memory() // 2:
-            reason = f"packed weights of {packed_bytes >> 20} MiB would take over half of the free memory (pack_weights=True insists)"
-        else:
+        reason, fused = self._why_not_packed(), None
+        if not reason:
             fused, reason = fused_decoder_for(
                 self.model, page_size=self.config.page_size, max_positions=self.spec.max_positions
             )
@@ -93,6 +97,13 @@ class ModelRunner:
             logger.info("hf_accel runs the model's own layers: %s", reason)
             self._fused_reason = reason
         return fused
+
+    def _why_not_packed(self) -> str:
+        num_bytes = sum(p.nbytes for p in self.model.parameters())
+        held = self._linears.num_bytes if self._linears is not None else 0
+        if self.config.pack_weights == "auto" and num_bytes > (_available_memory() + held) // 2:
+            return f"packed weights of {num_bytes >> 20} MiB would take over half of the free memory (pack_weights=True insists)"
+        return PackedLinears.why_not()
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits of the tokens in `batch.logits_indices`: [num_logits, vocab_size] float32."""
@@ -110,7 +121,8 @@ class ModelRunner:
             )
         metadata = self.backend.plan(batch)
         step = _PagedStep(self.backend, self.pool, metadata)
-        with torch.no_grad(), _no_autocast(self.device), paged_attention_on(self.spec.configs):
+        packed = self._linears.on() if self._linears is not None else contextlib.nullcontext()
+        with torch.no_grad(), _no_autocast(self.device), paged_attention_on(self.spec.configs), packed:
             output = self.model(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.positions[None],
@@ -132,7 +144,7 @@ class ModelRunner:
     def close(self) -> None:
         """Give every byte back; the runner is of no use afterwards."""
         self.pool.release()
-        self._fused = None
+        self._fused = self._linears = None
 
     def _fit_num_pages(self) -> int:
         """Pages that fit in the configured share of the device's free memory."""

@@ -32,7 +32,7 @@ def patch(model: Any, **config: Any) -> Any:
     """Accelerate `model.generate` in place; its signature, return types and answers stay as they are.
 
     The model's modules, parameters, `state_dict` and attributes are not touched. KV memory is taken at the first call.
-    Patching again replaces the options. Undo with `unpatch`, or use it as `with hf_accel.patch(model): ...`.
+    Patching again with other options replaces them. Undo with `unpatch`, or use it as `with hf_accel.patch(model): ...`.
 
     Args:
         model: a loaded transformers causal language model, or a PEFT model around one.
@@ -47,6 +47,9 @@ def patch(model: Any, **config: Any) -> Any:
     """
     hf_model = base_model(model)
     EngineConfig.from_kwargs(**config)
+    known = _patched.get(hf_model)
+    if known is not None and known.config == config:
+        return model
     spec = read_spec(hf_model)
     unpatch(model)
     _patched[hf_model] = _Patched(config, spec)

@@ -147,7 +147,8 @@ class WeightTracker:
         if any(id(p) in self._parameter_ids for p in parameters) or any(
             address in self._storages for p in parameters for address in _storage_addresses(p)
         ):
-            self._num_steps += 1
+            with _HOOK_LOCK:
+                self._num_steps += 1
 
 
 # -- the module tree --

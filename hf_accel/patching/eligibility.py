@@ -23,7 +23,7 @@ def model_reason(model: PreTrainedModel) -> str:
     """Whether the model is in a state (mode, devices, wrappers) whose forward the engine does not run."""
     if model.training and _has_dropout(model):
         return "the model is in training mode with active dropout"
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         return "the model is in training mode with gradient checkpointing"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"

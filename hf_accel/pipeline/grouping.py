@@ -41,19 +41,24 @@ NEUTRAL: Mapping[str, Any] = {
     "num_beams": 1, "use_cache": True, "return_dict_in_generate": False, "output_scores": False, "output_logits": False,
     "output_attentions": False, "output_hidden_states": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "guidance_scale": 1.0,
-    "cache_implementation": "dynamic", "token_healing": False, "early_stopping": False, "num_beam_groups": 1,
-    "diversity_penalty": 0.0, "length_penalty": 1.0, "low_memory": False, "is_assistant": False,
+    "cache_implementation": "dynamic", "token_healing": False, "low_memory": False, "is_assistant": False,
 }  # fmt: skip
 """Values that ask for nothing."""
 
-BOOKKEEPING = frozenset({"transformers_version", "generation_config", "_from_model_config"})
+IDLE = frozenset({
+    "transformers_version", "generation_config", "_from_model_config",
+    "early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
+    "target_lookbehind", "max_matching_ngram_size",
+})  # fmt: skip
+"""What matters only beside another parameter (beams, an assistant), which keeps the prompt alone by itself."""
 
 
 def grouping_of(params: Mapping[str, Any]) -> Grouping:
     """The widest grouping that keeps the meaning of these generation parameters; an unknown one is kept ALONE."""
     result = Grouping.TOGETHER
     for name, value in params.items():
-        if value is None or name in BOOKKEEPING or (name in NEUTRAL and NEUTRAL[name] == value):
+        if value is None or name in IDLE or (name in NEUTRAL and NEUTRAL[name] == value):
             continue
         if name == "max_length" and params.get("max_new_tokens") is not None:
             continue  # HF lets max_new_tokens decide

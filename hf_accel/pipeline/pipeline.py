@@ -135,16 +135,17 @@ class AcceleratedPipeline(TextGenerationPipeline):
     def _generation_params(self, forward_params: Mapping[str, Any]) -> dict[str, Any]:
         """Generation parameters in force for a call, from the model, the pipeline and the call, whoever set them."""
         params = self.model.generation_config.to_diff_dict()
-        for source in (getattr(self, "generation_config", None),):  # transformers < 5.20 keeps a config of its own
-            params.update(source.to_diff_dict() if source is not None else {})
+        own_config = getattr(self, "generation_config", None)  # older transformers: the pipeline's own copy
+        params.update(own_config.to_diff_dict() if own_config is not None else {})
         if "generation_config" not in forward_params:
             forward_params = {**getattr(self, "_generate_kwargs", {}), **forward_params}
         config = forward_params.get("generation_config")
         params.update(config.to_diff_dict() if config is not None else {})
         params.update(forward_params)
-        if params.get("max_length") is None:
-            defaults = getattr(self, "_generation_defaults", {})
-            params.setdefault("max_new_tokens", defaults.get("max_new_tokens"))
+        if forward_params.get("max_length") is not None and forward_params.get("max_new_tokens") is None:
+            params["max_new_tokens"] = None  # whichever of the two HF lets decide, grouping by length is right
+        elif params.get("max_length") is None:
+            params.setdefault("max_new_tokens", getattr(self, "_generation_defaults", {}).get("max_new_tokens"))
         if params.get("pad_token_id") is None:
             params["pad_token_id"] = self.tokenizer.pad_token_id
         return params

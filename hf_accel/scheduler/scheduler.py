@@ -71,9 +71,10 @@ class Scheduler:
         request.token_ids.append(token_id)
         request.awaiting_token = False
         params = request.params
-        if request.external_sampling or request.num_output_tokens < params.min_tokens:
+        if request.external_sampling:
             return
-        if token_id in request.eos_token_ids or token_id in params.stop_token_ids:
+        may_stop = request.num_output_tokens >= params.min_tokens
+        if may_stop and (token_id in request.eos_token_ids or token_id in params.stop_token_ids):
             self.finish(request, RequestStatus.FINISHED, "stop")
         elif request.num_tokens >= request.max_total_tokens:
             self.finish(request, RequestStatus.FINISHED, "length")
@@ -109,6 +110,8 @@ class Scheduler:
                 continue
             was_prefill = len(item.token_ids) > 1 or request.num_computed_tokens < request.num_prompt_tokens
             request.num_computed_tokens = item.start + len(item.token_ids)
+            if request.logits_from is not None:  # those before were handed out: retraction need not compute them again
+                request.logits_from = max(request.logits_from, request.num_computed_tokens)
             if was_prefill:
                 # The runner has the row's table up to date, so a page swapped for the tree's copy must be sent again.
                 request.page_updates.extend(self.cache.commit(request))

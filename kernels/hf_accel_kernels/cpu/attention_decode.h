@@ -7,6 +7,7 @@ namespace {
 namespace attn {
 
 constexpr int MAX_DECODE_ROWS = 16;  // larger groups go through the prefill kernel
+constexpr int TILE_BYTES = 8192;       // of keys, and about as many of values: half of a first-level cache
 constexpr int NUM_ACC = NUM_REGS == 32 ? 16 : 8;
 
 // s[r * MAX_TILE + t] = q[r] . k[t] for R rows; q: [R, q_stride] words, zero beyond head_dim.
@@ -98,9 +99,8 @@ static void decode_rows(const HfaAttentionArgs& a, const typename K::T* q, int64
   const bool fetch = first_row == 0;
   const int size = int(sizeof(typename K::T));
   decode_qk<K, R>(q, q_stride, rows, a.head_dim, fetch ? a.v_head_dim * size : 0, s);
-  for (int r = 0; r < R; ++r)
-    alpha[r] = softmax_row(s + r * MAX_TILE, p + r * MAX_TILE, rows.count, 0, rows.count, scale, state.max[first_row + r],
-                           state.sum[first_row + r]);
+  const int low[4] = {}, high[4] = {rows.count, rows.count, rows.count, rows.count};
+  softmax_rows(R, s, p, rows.count, low, high, scale, state.max + first_row, state.sum + first_row, alpha);
   for (int c = 0; c < a.v_head_dim; c += CHUNK * W) {
     const Rows<typename K::T>* ahead = fetch && c == 0 ? &next : nullptr;
     const auto run = [&](auto width) {
@@ -130,7 +130,7 @@ template <class K> static void decode_block(const HfaAttentionArgs& a, const Blo
   }
   const LogitScale scale(a);
   const int row_bytes = std::max(a.head_dim, a.v_head_dim) * int(sizeof(T));
-  const int tile = row_bytes <= 128 ? 64 : 32;
+  const int tile = std::max(16, std::min(MAX_TILE, TILE_BYTES / row_bytes / 16 * 16));
   Rows<T> buffers[2];
   buffers[0].resolve(a, b, b.key_begin, std::min(b.key_end, b.key_begin + tile));
   for (int begin = b.key_begin, turn = 0; begin < b.key_end; begin += tile, turn ^= 1) {

@@ -9,9 +9,9 @@ namespace attn {
 constexpr int MR = 6;
 constexpr int NV = NUM_REGS == 32 ? 4 : 2;
 constexpr int NR = NV * W;
-constexpr int BLOCK_ROWS = 96;
+constexpr int BLOCK_ROWS = 192;
 constexpr int PREFILL_TILE = 128;
-static_assert(PREFILL_TILE <= MAX_TILE && PREFILL_TILE % NR == 0 && BLOCK_ROWS % MR == 0);
+static_assert(PREFILL_TILE == MAX_TILE && MR <= 8 && PREFILL_TILE % NR == 0 && BLOCK_ROWS % MR == 0);
 
 inline int prefill_block_tokens(const HfaAttentionArgs& a) { return std::max(1, BLOCK_ROWS / (a.num_heads / a.num_kv_heads)); }
 
@@ -66,21 +66,22 @@ template <class K> static void pack_queries(const HfaAttentionArgs& a, const Blo
   using T = typename K::T;
   constexpr int PW = K::PER_WORD;
   const int group = a.num_heads / a.num_kv_heads;
-  for (int r = 0; r < round_up(num_rows, MR); ++r) {
-    typename K::Word* to = buf.q + r / MR * buf.num_words * MR + r % MR;
-    const int token = r / group;
-    const T* from = static_cast<const T*>(a.q) + (b.first_token + token) * a.q_token_stride +
-                    (int64_t(b.kv_head) * group + r % group) * a.q_head_stride;
-    for (int w = 0; w < buf.num_words; ++w) {
-      typename K::Word word{};
-      if (r < num_rows) {
-        if constexpr (PW == 1) word = to_float(from[w]);
-        else memcpy(&word, from + w * PW, sizeof(T) * std::min(PW, a.head_dim - w * PW));
+  const auto row = [&](int r) {
+    return static_cast<const T*>(a.q) + (b.first_token + r / group) * a.q_token_stride +
+           (int64_t(b.kv_head) * group + r % group) * a.q_head_stride;
+  };
+  typename K::Word* to = buf.q;
+  for (int r0 = 0; r0 < num_rows; r0 += MR) {
+    const T* from[MR];
+    for (int i = 0; i < MR; ++i) from[i] = row(std::min(r0 + i, num_rows - 1));  // padding rows repeat the last
+    for (int w = 0; w < buf.num_words; ++w, to += MR)
+      for (int i = 0; i < MR; ++i) {
+        if constexpr (PW == 1) to[i] = to_float(from[i][w]);
+        else if (w < a.head_dim / PW) memcpy(to + i, from[i] + w * PW, sizeof(typename K::Word));
+        else to[i] = from[i][w * PW].bits;  // an odd head_dim's last one, beside a zero
       }
-      to[int64_t(w) * MR] = word;
-    }
-    if (r < num_rows) buf.position[r] = b.first_position + token;
   }
+  for (int r = 0; r < num_rows; ++r) buf.position[r] = b.first_position + r / group;
 }
 
 template <class K> static void pack_keys(const Rows<typename K::T>& rows, int head_dim, PrefillBuffers<K>& buf) {
@@ -122,8 +123,8 @@ static void attend_rows(const PrefillBuffers<K>& buf, const Rows<typename K::T>&
   constexpr int P_STRIDE = PREFILL_TILE / K::PER_WORD;
   const int last_row = std::min(first_row + MR, num_rows) - 1;
   const int count = std::min(rows.count, buf.position[last_row] + 1 - begin);
-  const auto low = [&](int r) { return window ? buf.position[r] - window + 1 - begin : 0; };
-  if (count <= 0 || low(first_row) >= count) return;
+  const auto lowest = [&](int r) { return window ? buf.position[r] - window + 1 - begin : 0; };
+  if (count <= 0 || lowest(first_row) >= count) return;
   alignas(64) float s[MR * PREFILL_TILE];
   alignas(64) typename K::P p[MR * PREFILL_TILE];
   float alpha[MR];
@@ -131,16 +132,16 @@ static void attend_rows(const PrefillBuffers<K>& buf, const Rows<typename K::T>&
   for (int t = 0; t < count; t += NR)
     multiply_columns<K, 1, MR>(std::min(NV, int(round_up(count - t, W) / W)), int(buf.num_words), q,
                                buf.k + t / NR * buf.num_words * NR, NR, s + t, PREFILL_TILE, nullptr);
-  for (int i = 0; i < MR; ++i) {
-    typename K::P* const row = p + i * PREFILL_TILE;
-    const int r = first_row + i;
-    if (r > last_row) {
-      memset(row, 0, sizeof(typename K::P) * PREFILL_TILE);
-      alpha[i] = 1;
-      continue;
-    }
-    alpha[i] = softmax_row(s + i * PREFILL_TILE, row, count, low(r), buf.position[r] + 1 - begin < count ? buf.position[r] + 1 - begin : count,
-                           scale, state.max[r], state.sum[r]);
+  int low[MR], high[MR];
+  for (int r = first_row; r <= last_row; ++r) {
+    low[r - first_row] = lowest(r);
+    high[r - first_row] = std::min(count, buf.position[r] + 1 - begin);
+  }
+  const int num_live = last_row - first_row + 1;
+  softmax_rows(num_live, s, p, count, low, high, scale, state.max + first_row, state.sum + first_row, alpha);
+  for (int i = num_live; i < MR; ++i) {  // padding
+    memset(p + i * PREFILL_TILE, 0, sizeof(typename K::P) * PREFILL_TILE);
+    alpha[i] = 1;
   }
   const int num_steps = (count + K::PER_WORD - 1) / K::PER_WORD;
   for (int c = 0; c < v_head_dim; c += NR)

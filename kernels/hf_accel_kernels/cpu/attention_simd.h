@@ -63,14 +63,7 @@ inline float to_float(fp16 h) {
   memcpy(&u, &f, 4); u |= sign; memcpy(&f, &u, 4);
   return f;
 }
-template <class T> HFA_INLINE T from_float(float x);
-template <> HFA_INLINE float from_float<float>(float x) { return x; }
-template <> HFA_INLINE bf16 from_float<bf16>(float x) {  // round to nearest even; NaN stays NaN
-  uint32_t u; memcpy(&u, &x, 4);
-  if ((u & 0x7fffffff) > 0x7f800000) return bf16{uint16_t((u >> 16) | 0x40)};
-  return bf16{uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
-}
-template <> inline fp16 from_float<fp16>(float x) {
+inline fp16 from_float(float x) {
   uint32_t u; memcpy(&u, &x, 4);
   const uint32_t sign = (u >> 16) & 0x8000; u &= 0x7fffffff;
   if (u > 0x7f800000) return fp16{uint16_t(sign | 0x7e00)};
@@ -109,12 +102,29 @@ template <class T> HFA_INLINE vf load_n(const T* p, int n) {
   T tmp[W]; memset(tmp, 0, sizeof tmp); memcpy(tmp, p, size_t(n) * sizeof(T)); return load(tmp);
 #endif
 }
+HFA_INLINE void store(float* p, vf v) { storeu(p, v); }
+HFA_INLINE void store(bf16* p, vf v) {
+#if defined(HFA_BF16_DOT)
+  storeu(p, _mm512_cvtneps_pbh((__m512)v));
+#else
+  const vu u = (vu)v, rounded = u + 0x7fff + ((u >> 16) & 1);
+  storeu(p, __builtin_convertvector((v != v ? u | 0x400000 : rounded) >> 16, vh));
+#endif
+}
+HFA_INLINE void store(fp16* p, vf v) {
+#if defined(HFA_AVX512)
+  storeu(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  storeu(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; ++i) p[i] = from_float(v[i]);
+#endif
+}
 template <class T> HFA_INLINE void store_n(T* p, vf v, int n) {
-  if constexpr (sizeof(T) == 4) {
-    if (n >= W) storeu(p, v); else memcpy(p, &v, size_t(n) * 4);
-  } else {
-    for (int i = 0; i < (n < W ? n : W); ++i) p[i] = from_float<T>(v[i]);
-  }
+  if (n >= W) return store(p, v);
+  T all[W];
+  store(all, v);
+  memcpy(p, all, size_t(n) * sizeof(T));
 }
 
 // ---- shuffles between two vectors, written as a rule lane -> source lane (>= N: of the second) ----
@@ -177,21 +187,33 @@ HFA_INLINE float max_lane(vf v) {
 }
 
 // ---- functions ----
-HFA_INLINE vf exp2(vf x) {  // relative error < 2e-7 on [-126, 127]; 0 below -126; NaN stays NaN
+// For x <= 127: relative error < 2e-7 (DEGREE 6) or 5e-6 (DEGREE 4); 0 below -126; NaN stays NaN.
+template <int DEGREE = 6> HFA_INLINE vf exp2(vf x) {
+  constexpr bool full = DEGREE == 6;
+#if defined(HFA_AVX512)
+  x = set1(-200.f) > x ? set1(-200.f) : x;
+  const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = x - n;
+#else
   const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
-  const vf big = set1(127.f);
-  x = x > big ? big : x;
   const vf t = x + magic, f = x - (t - magic);
-  vf p = set1(1.5403530e-4f);
-  p = fma(p, f, set1(1.33335581e-3f));
-  p = fma(p, f, set1(9.61812911e-3f));
-  p = fma(p, f, set1(5.55041087e-2f));
-  p = fma(p, f, set1(2.40226507e-1f));
-  p = fma(p, f, set1(6.93147181e-1f));
+#endif
+  vf p;
+  if constexpr (full) {
+    p = fma(set1(1.5403530e-4f), f, set1(1.33335581e-3f));
+    p = fma(p, f, set1(9.61812911e-3f));
+  } else {
+    p = set1(9.60043e-3f);
+  }
+  p = fma(p, f, set1(full ? 5.55041087e-2f : 5.591708e-2f));
+  p = fma(p, f, set1(full ? 2.40226507e-1f : 2.4023719e-1f));
+  p = fma(p, f, set1(full ? 6.93147181e-1f : 6.9312197e-1f));
   p = fma(p, f, set1(1.f));
-  const vf y = (vf)((vi)p + (vi)((vu)(vi)t << 23));
-  const vf e = x != x ? x : y;
+#if defined(HFA_AVX512)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const vf e = x != x ? x : (vf)((vi)p + (vi)((vu)(vi)t << 23));
   return x < set1(-126.f) ? zero() : e;
+#endif
 }
 HFA_INLINE vf tanh(vf x) {  // odd polynomial near 0 (Cephes), else 1 - 2/(exp(2|x|) + 1)
   const vf z = x * x, ax = x < zero() ? -x : x;
@@ -201,13 +223,15 @@ HFA_INLINE vf tanh(vf x) {  // odd polynomial near 0 (Cephes), else 1 - 2/(exp(2
   p = fma(p, z, set1(1.33314422036e-1f));
   p = fma(p, z, set1(-3.33332819422e-1f));
   const vf small = fma(p * z, x, x);
-  const vf far = set1(1.f) - set1(2.f) / (exp2(ax * set1(2.8853900817779268f)) + set1(1.f));
+  const vf power = ax < set1(20.f) ? ax * set1(2.8853900817779268f) : set1(57.7f);
+  const vf far = ax != ax ? ax : set1(1.f) - set1(2.f) / (exp2(power) + set1(1.f));
   const vf large = x < zero() ? -far : far;
   return ax < set1(0.625f) ? small : large;
 }
 
+// Into the second-level cache: it has more misses in flight than the first, measured 1.5 to 1.8 times the bytes per second.
 HFA_INLINE void prefetch(const void* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
 }  // namespace simd

@@ -148,19 +148,12 @@ struct LogitScale {
   }
 };
 
-HFA_INLINE void store_probabilities(float* p, vf e) { storeu(p, e); }
-#ifdef HFA_BF16_DOT
-HFA_INLINE void store_probabilities(bf16* p, vf e) { storeu(p, _mm512_cvtneps_pbh((__m512)e)); }
-#endif
-
 constexpr struct Iota {
   alignas(64) int32_t lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 } IOTA;
 
-// One row: dot products s[0..n) of which [low, high) are visible -> probabilities p[0..round_up(n, W)), 0 elsewhere.
-// Updates the row's running max and sum; returns the factor its accumulator is to be scaled with. Overwrites s.
-template <class P>
-HFA_INLINE float softmax_row(float* s, P* p, int n, int low, int high, const LogitScale& scale, float& max, float& sum_) {
+// Dot products s[0..n) of one row, of which [low, high) are visible -> logits, -inf elsewhere, in place; returns their max.
+HFA_INLINE float logits_row(float* s, int n, int low, int high, const LogitScale& scale) {
   const vf neg_inf = set1(-INFINITY);
   vf top = neg_inf;
   if (low <= 0 && high >= round_up(n, W)) {
@@ -178,19 +171,36 @@ HFA_INLINE float softmax_row(float* s, P* p, int n, int low, int high, const Log
       top = maximum(top, y);
     }
   }
-  const float new_max = std::max(max, max_lane(top));
-  const float base = new_max == -INFINITY ? 0.f : new_max;  // nothing visible yet: every p is 0, a NaN stays one
-  const float alpha = exp2(set1(max - base))[0];
-  const vf base_v = set1(base);
-  vf total = zero();
-  for (int t = 0; t < n; t += W) {
-    const vf e = exp2(loadu<vf>(s + t) - base_v);
-    store_probabilities(p + t, e);
-    total += e;
+  return max_lane(top);
+}
+
+// num_rows <= 8 rows of dot products, n <= MAX_TILE keys each; row r sees keys [low[r], high[r]). Writes probabilities
+// p[r][0..round_up(n, W)), 0 where not visible, updates the running max and sum, and gives the factors the rows'
+// accumulators are to be scaled with. Overwrites s. Step by step over all rows, so that their latencies overlap.
+template <class P>
+HFA_INLINE void softmax_rows(int num_rows, float* s, P* p, int n, const int* low, const int* high, const LogitScale& scale,
+                             float* max, float* sum_, float* alpha) {
+  float base[8], change[8] = {};
+  for (int r = 0; r < num_rows; ++r) {
+    const float top = std::max(max[r], logits_row(s + r * MAX_TILE, n, low[r], high[r], scale));
+    base[r] = top == -INFINITY ? 0.f : top;  // nothing visible yet: every p is 0, a NaN stays one
+    change[r] = max[r] - base[r];
+    max[r] = top;
   }
-  max = new_max;
-  sum_ = sum_ * alpha + sum(total);
-  return alpha;
+  for (int r = 0; r < num_rows; r += W) {
+    const vf e = exp2(load_n(change + r, 8 - r));
+    store_n(alpha + r, e, num_rows - r);
+  }
+  for (int r = 0; r < num_rows; ++r) {
+    const vf base_v = set1(base[r]);
+    vf total = zero();
+    for (int t = 0; t < n; t += W) {
+      const vf e = exp2<sizeof(P) == 4 ? 6 : 4>(loadu<vf>(s + r * MAX_TILE + t) - base_v);
+      store(p + r * MAX_TILE + t, e);
+      total += e;
+    }
+    sum_[r] = sum_[r] * alpha[r] + sum(total);
+  }
 }
 
 }  // namespace attn

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -27,7 +28,7 @@ constexpr int64_t kActivationBytes = 384 << 10;  // of x per pass over the weigh
 constexpr int64_t kPanelBytes = 256 << 10;       // of one panel per pass over the rows
 constexpr int64_t kStreamAhead = 512;            // bytes fetched ahead when a panel is read only once
 
-inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+__attribute__((always_inline)) inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 // One step along K: a row of the panel times one element (or pair) of each of Rows activations.
 template <int Rows>
@@ -76,6 +77,27 @@ inline void step_pair(vfloat (&acc)[Rows][kPanelVectors], const uint32_t (&pair)
 #endif
 }
 
+template <int Rows>
+inline void open_tile(vfloat (&acc)[Rows][kPanelVectors], const float* c, bool add) {
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) acc[m][v] = vfloat{};
+  if (!add) return;
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) acc[m][v] = load(c + m * kPanel + v * kWidth);
+}
+
+template <int Rows>
+inline void close_tile(const vfloat (&acc)[Rows][kPanelVectors], float* c) {
+#pragma GCC unroll 8
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) store(c + m * kPanel + v * kWidth, acc[m][v]);
+}
+
 constexpr int64_t kStepBytes = 4 * kPanel;  // of the panel, per float32 element or bfloat16 pair
 
 // c [Rows, kPanel] (+)= a [Rows, depth] x panel part b. Lines `ahead` + [0, Lines) are fetched at each step, so that the
@@ -85,17 +107,14 @@ void tile(const float* x, int64_t x_stride, const char* b, int64_t depth, float*
           int64_t ahead_step) {
   const float* a[Rows];
   vfloat acc[Rows][kPanelVectors];
-  for (int m = 0; m < Rows; ++m) {
-    a[m] = x + m * x_stride;
-    for (int v = 0; v < kPanelVectors; ++v) acc[m][v] = add ? load(c + m * kPanel + v * kWidth) : vfloat{};
-  }
+  for (int m = 0; m < Rows; ++m) a[m] = x + m * x_stride;
+  open_tile<Rows>(acc, c, add);
   for (int64_t i = 0; i < depth; ++i, b += kStepBytes, ahead += ahead_step) {
 #pragma GCC unroll 4
     for (int l = 0; l < Lines; ++l) prefetch(ahead + 64 * l);
     step<Rows>(acc, a, i, b);
   }
-  for (int m = 0; m < Rows; ++m)
-    for (int v = 0; v < kPanelVectors; ++v) store(c + m * kPanel + v * kWidth, acc[m][v]);
+  close_tile<Rows>(acc, c);
 }
 
 template <int Rows, int Lines>
@@ -103,10 +122,8 @@ void tile(const bf16* x, int64_t x_stride, const char* b, int64_t depth, float* 
           int64_t ahead_step) {
   const bf16* a[Rows];
   vfloat acc[Rows][kPanelVectors];
-  for (int m = 0; m < Rows; ++m) {
-    a[m] = x + m * x_stride;
-    for (int v = 0; v < kPanelVectors; ++v) acc[m][v] = add ? load(c + m * kPanel + v * kWidth) : vfloat{};
-  }
+  for (int m = 0; m < Rows; ++m) a[m] = x + m * x_stride;
+  open_tile<Rows>(acc, c, add);
   uint32_t pair[Rows];
   int64_t i = 0;
   for (; i + 1 < depth; i += 2, b += kStepBytes, ahead += ahead_step) {
@@ -120,8 +137,7 @@ void tile(const bf16* x, int64_t x_stride, const char* b, int64_t depth, float* 
     for (int m = 0; m < Rows; ++m) pair[m] = a[m][i].bits;
     step_pair<Rows>(acc, pair, b);
   }
-  for (int m = 0; m < Rows; ++m)
-    for (int v = 0; v < kPanelVectors; ++v) store(c + m * kPanel + v * kWidth, acc[m][v]);
+  close_tile<Rows>(acc, c);
 }
 
 template <typename T>
@@ -136,13 +152,19 @@ const Tile<T> kTiles[kTileRows][3] = {
 
 inline vfloat silu(vfloat x) { return x / (1.f + exp(-x)); }
 
+// Rounded to T where storing it as Out would not.
+template <typename T, typename Out>
+inline vfloat rounded_for(vfloat y, bool round) {
+  return round && !std::is_same<T, Out>::value ? rounded<T>(y) : y;
+}
+
 template <typename T, typename Out>
 inline void finish_vector(vfloat y, const HfaLinearArgs& args, const T* residual, Out* out, int64_t column, int64_t limit) {
   float lanes[kWidth];
   if (args.scale != 1.f) y = rounded<T>(y * args.scale);
   if (column + kWidth <= limit) {
-    if (residual) y = rounded<T>(y + load(residual + column));
-    store(out + column, y);
+    if (residual) y += load(residual + column);
+    store(out + column, rounded_for<T, Out>(y, residual != nullptr));
     return;
   }
   store(lanes, y);
@@ -157,7 +179,9 @@ inline void finish_vector(vfloat y, const HfaLinearArgs& args, const T* residual
 template <typename T, typename Out>
 void finish(const HfaPacked& w, const HfaLinearArgs& args, int64_t panel, int64_t first, int64_t rows, float* c) {
   const float* bias = w.bias ? w.bias + panel * kPanel : nullptr;
-  const bool exact = args.out_float32 && args.keep_float32;
+  // The store into a T rounds by itself; before another operation, or a store into a float32, it is done here.
+  const bool round = args.out_float32 ? !args.keep_float32
+                                      : args.residual || args.scale != 1.f || args.epilogue != HFA_PLAIN;
   for (int64_t m = 0; m < rows; ++m, c += kPanel) {
     Out* out = static_cast<Out*>(args.out) + (first + m) * args.out_stride;
     const T* residual = static_cast<const T*>(args.residual);
@@ -166,12 +190,13 @@ void finish(const HfaPacked& w, const HfaLinearArgs& args, int64_t panel, int64_
     for (int v = 0; v < kPanelVectors; ++v) {
       y[v] = load(c + v * kWidth);
       if (bias) y[v] += load(bias + v * kWidth);
-      if (!exact) y[v] = rounded<T>(y[v]);
+      if (round) y[v] = rounded<T>(y[v]);
     }
     if (args.epilogue == HFA_SILU_MUL) {
       constexpr int kHalf = kPanelVectors / 2;
       for (int v = 0; v < kHalf; ++v) {
-        vfloat z = rounded<T>(rounded<T>(silu(y[v])) * y[v + kHalf]);
+        vfloat z = rounded<T>(silu(y[v])) * y[v + kHalf];
+        if (args.residual || args.scale != 1.f || args.out_float32) z = rounded<T>(z);
         finish_vector<T, Out>(z, args, residual, out, panel * (kPanel / 2) + v * kWidth, w.num_columns / 2);
       }
     } else {
@@ -181,15 +206,31 @@ void finish(const HfaPacked& w, const HfaLinearArgs& args, int64_t panel, int64_
   }
 }
 
+// Asks for the output lines of a tile before its sums are known: stores that wait for memory would hold up the loads of
+// the next tile. Inlined by force: GCC drops a call to a function that does nothing but prefetch.
+template <typename T>
+__attribute__((always_inline)) inline void fetch_output(const HfaPacked& w, const HfaLinearArgs& args, int64_t panel, int64_t first, int64_t rows) {
+  const int64_t size = args.out_float32 ? 4 : sizeof(T);
+  const bool halves = args.epilogue == HFA_SILU_MUL;
+  const int64_t columns = halves ? kPanel / 2 : kPanel, total = halves ? w.num_columns / 2 : w.num_columns;
+  const int64_t bytes = std::min(columns, total - panel * columns) * size;
+  const char* out = static_cast<const char*>(args.out) + (first * args.out_stride + panel * columns) * size;
+  for (int64_t m = 0; m < rows; ++m, out += args.out_stride * size)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(out + i, 1, 3);
+}
+
 struct Blocking {
   int64_t rows;   // of x in one pass
   int64_t depth;  // of K in one pass, even
 };
 
+// Blocks of about equal height: a short last one would read all the weights for few rows.
 template <typename T>
-Blocking choose_blocking(int64_t depth) {
+Blocking choose_blocking(int64_t num_rows, int64_t depth) {
   Blocking b;
-  b.rows = std::max<int64_t>(8, kActivationBytes / int64_t(sizeof(T)) / depth / kTileRows) * kTileRows;
+  const int64_t fit = std::max<int64_t>(8 * kTileRows, kActivationBytes / int64_t(sizeof(T)) / depth);
+  const int64_t blocks = std::max<int64_t>(1, (num_rows + fit / 2) / fit);
+  b.rows = (num_rows + blocks - 1) / blocks;
   int64_t limit = kPanelBytes / kPanel / int64_t(sizeof(T));
   int64_t parts = (depth + limit - 1) / limit;
   b.depth = ((depth + parts - 1) / parts + 1) & ~int64_t(1);
@@ -211,17 +252,18 @@ void panel_block(const HfaPacked& w, const HfaLinearArgs& args, const Blocking& 
     // One tile alone streams; with more, each fetches its share of the next part.
     const int64_t part = depth * row_bytes;
     const char* next = tiles == 1 ? b + kStreamAhead : b + part;
+    const bool last = k + depth == w.depth, only = last && k == 0;
     for (int64_t t = 0, m = 0; t < tiles; ++t) {
       const int64_t count = rows / tiles + (t < rows % tiles);
-      kTiles<T>[count - 1][lines](x + m * args.x_stride + k, args.x_stride, b, depth, c + m * kPanel, k > 0,
+      float* sums = only ? c : c + m * kPanel;
+      if (last) fetch_output<T>(w, args, panel, first + m, count);
+      kTiles<T>[count - 1][lines](x + m * args.x_stride + k, args.x_stride, b, depth, sums, k > 0,
                                   next + t * (part / tiles), kStepBytes / tiles);
+      if (last && args.out_float32) finish<T, float>(w, args, panel, first + m, count, sums);
+      if (last && !args.out_float32) finish<T, T>(w, args, panel, first + m, count, sums);
       m += count;
     }
   }
-  if (args.out_float32)
-    finish<T, float>(w, args, panel, first, rows, c);
-  else
-    finish<T, T>(w, args, panel, first, rows, c);
 }
 
 // Items are (block of rows, panel), rows outermost: a block of rows stays in L2 while the panels stream past.
@@ -241,7 +283,7 @@ void run_items(const HfaPacked& w, const HfaLinearArgs& args, const Blocking& bl
 
 template <typename T>
 void run(const HfaPacked& w, const HfaLinearArgs& args) {
-  const Blocking blocking = choose_blocking<T>(w.depth);
+  const Blocking blocking = choose_blocking<T>(args.num_rows, w.depth);
   const int64_t blocks = (args.num_rows + blocking.rows - 1) / blocking.rows;
   const int64_t items = blocks * w.num_panels;
   const int64_t threads = std::min<int64_t>(std::max(args.num_threads, 1), items);

@@ -76,6 +76,9 @@ inline vfloat rounded<float>(vfloat v) {
 }
 template <>
 inline vfloat rounded<bf16>(vfloat v) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)), 16);
+#endif
   vuint u = (vuint)v;
   vuint r = (u + 0x7FFF + ((u >> 16) & 1)) & 0xFFFF0000u;
   vuint nan = (vuint)(v != v);

@@ -1,0 +1,51 @@
+"""Holds Ctrl-C back while bookkeeping is half done. Python delivers it to the main thread alone, between any two bytecodes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class InterruptGate:
+    """Remembers SIGINT instead of raising it, except inside `open()`."""
+
+    def __init__(self) -> None:
+        self._previous = signal.getsignal(signal.SIGINT)
+        is_main = threading.current_thread() is threading.main_thread()
+        self._in_force = is_main and callable(self._previous)
+        self._pending: list[tuple[int, FrameType | None]] = []
+
+    def close(self) -> None:
+        """From now on SIGINT waits."""
+        if self._in_force:
+            signal.signal(signal.SIGINT, lambda number, frame: self._pending.append((number, frame)))
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """While open, SIGINT goes to the handler that was there, a remembered one at once."""
+        self.let_through()
+        try:
+            yield
+        finally:
+            self.close()
+
+    def let_through(self) -> None:
+        """Put the old handler back and hand it what was remembered."""
+        if self._in_force:
+            signal.signal(signal.SIGINT, self._previous)
+            if self._pending and callable(self._previous):
+                self._previous(*self._pending.pop())
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[InterruptGate]:
+    """While the block runs, SIGINT waits for its end."""
+    gate = InterruptGate()
+    gate.close()
+    try:
+        yield gate
+    finally:
+        gate.let_through()

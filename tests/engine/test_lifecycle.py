@@ -1,0 +1,371 @@
+"""A patched model stays the user's model: unpatching leaves no trace, and whatever else is done to it keeps working."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM
+
+import hf_accel
+from hf_accel import Engine, SamplingParams, UnsupportedModelError
+from hf_accel.patching import hooks
+from hf_accel.patching.registry import read_spec
+
+CONFIG = {"num_pages": 128, "page_size": 8}
+PROMPT = torch.randint(0, 256, (2, 37), generator=torch.Generator().manual_seed(3))
+LENGTH = 8
+
+
+def tokens(model) -> list[list[int]]:
+    return model.generate(PROMPT, do_sample=False, max_new_tokens=LENGTH)[:, PROMPT.shape[1] :].tolist()
+
+
+def snapshot(model) -> dict:
+    """Everything that a patch could leave behind."""
+    cls = type(model)
+    return {
+        "attributes": {name: {k: id(v) for k, v in vars(m).items()} for name, m in model.named_modules()},
+        "classes": {type(m): dict(vars(type(m))) for m in model.modules()}
+        | {GenerationMixin: dict(vars(GenerationMixin))},
+        "mro": cls.__mro__,
+        "state": {k: (id(v), v.data_ptr(), v._version) for k, v in model.state_dict(keep_vars=True).items()},
+        "hooks": {n: (list(m._forward_hooks), list(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        "config": model.config.to_dict() | {"attention": model.config._attn_implementation},
+        "generation_config": model.generation_config.to_dict(),
+        "optimizer_hooks": len(torch.optim.optimizer._global_optimizer_post_hooks),
+    }
+
+
+# -- patch and unpatch --
+
+
+def test_unpatch_leaves_no_trace(tiny_llama):
+    tiny_llama.model.norm.register_forward_hook(lambda *args: None)
+    before = snapshot(tiny_llama)
+    logits = tiny_llama(PROMPT).logits
+    random_state = torch.get_rng_state()
+    assert hf_accel.patch(tiny_llama, **CONFIG) is tiny_llama
+    patched = snapshot(tiny_llama)
+    assert {k for k in patched if patched[k] != before[k]} == {"classes"}
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert "_sample" in vars(LlamaForCausalLM)
+    tokens(tiny_llama)
+    assert torch.equal(tiny_llama(PROMPT).logits, logits)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert hf_accel.unpatch(tiny_llama) is tiny_llama
+    assert snapshot(tiny_llama) == before
+    assert torch.equal(tiny_llama(PROMPT).logits, logits)
+    assert not hooks._instances
+    assert hf_accel.unpatch(tiny_llama) is tiny_llama  # again is fine
+
+
+def test_patching_again_replaces_the_options(tiny_llama):
+    before = snapshot(tiny_llama)
+    expected = tokens(tiny_llama)
+    hf_accel.patch(tiny_llama, **CONFIG)
+    first = hf_accel.get_engine(tiny_llama)
+    assert tokens(tiny_llama) == expected
+    hf_accel.patch(tiny_llama, num_pages=64, page_size=4)
+    second = hf_accel.get_engine(tiny_llama)
+    assert second is not first
+    assert second.config.page_size == 4
+    assert first.core.executor.runner.pool.num_bytes == 0
+    assert tokens(tiny_llama) == expected
+    hf_accel.unpatch(tiny_llama)
+    assert snapshot(tiny_llama) == before
+
+
+def test_is_patched_and_get_engine(tiny_llama):
+    assert not hf_accel.is_patched(tiny_llama)
+    with pytest.raises(ValueError, match="the model is not patched: call hf_accel.patch"):
+        hf_accel.get_engine(tiny_llama)
+    hf_accel.patch(tiny_llama, **CONFIG)
+    assert hf_accel.is_patched(tiny_llama)
+    assert hf_accel.get_engine(tiny_llama) is hf_accel.get_engine(tiny_llama)
+    hf_accel.unpatch(tiny_llama)
+    assert not hf_accel.is_patched(tiny_llama)
+
+
+def test_context_manager(tiny_llama):
+    before = snapshot(tiny_llama)
+    with hf_accel.patch(tiny_llama, **CONFIG) as model:
+        assert model is tiny_llama
+        tokens(model)
+        engine = hf_accel.get_engine(model)
+        assert engine.stats().num_generated_tokens == 2 * LENGTH
+    assert snapshot(tiny_llama) == before
+    assert engine.core.executor.runner.pool.num_bytes == 0
+    with pytest.raises(ZeroDivisionError), hf_accel.patch(tiny_llama, **CONFIG):
+        raise ZeroDivisionError
+    assert snapshot(tiny_llama) == before
+
+
+@pytest.mark.parametrize("part", ["spec", "install", "config"])
+def test_a_failing_patch_changes_nothing(tiny_llama, monkeypatch, part):
+    before = snapshot(tiny_llama)
+    if part == "config":
+        error, options = ValueError, {"no_such_option": 1}
+    elif part == "install":
+        error, options = ZeroDivisionError, CONFIG
+        monkeypatch.setattr(hooks, "_dispatching", lambda *args: 1 / 0)
+    else:
+        error, options = UnsupportedModelError, CONFIG
+        tiny_llama.config.kv_lora_rank = 8
+        before = snapshot(tiny_llama)
+    with pytest.raises(error):
+        hf_accel.patch(tiny_llama, **options)
+    assert snapshot(tiny_llama) == before
+    assert not hf_accel.is_patched(tiny_llama)
+    assert not hooks._instances
+
+
+def test_an_unsupported_model_says_why():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
+    for wrong, reason in (
+        (T5ForConditionalGeneration(config), "encoder-decoder"),
+        (nn.Linear(2, 2), "expected a transformers causal language model"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=reason):
+            hf_accel.patch(wrong)
+
+
+def test_two_models_of_one_class_are_independent(tiny_llama):
+    twin = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(-1)
+    expected = [tokens(tiny_llama), tokens(twin)]
+    hf_accel.patch(tiny_llama, **CONFIG)
+    assert tokens(twin) == expected[1]  # on its own code
+    hf_accel.patch(twin, **CONFIG)
+    for _ in range(2):
+        assert [tokens(tiny_llama), tokens(twin)] == expected
+    hf_accel.unpatch(tiny_llama)
+    assert "_sample" in vars(LlamaForCausalLM)  # the other one still needs it
+    assert [tokens(tiny_llama), tokens(twin)] == expected
+    assert hf_accel.get_engine(twin).stats().num_generated_tokens == 3 * 2 * LENGTH
+    hf_accel.unpatch(twin)
+    assert "_sample" not in vars(LlamaForCausalLM)
+
+
+def test_a_subclass_and_its_parent(tiny_llama):
+    class Mine(LlamaForCausalLM):
+        pass
+
+    mine = Mine(tiny_llama.config).eval()
+    expected = [tokens(tiny_llama), tokens(mine)]
+    hf_accel.patch(tiny_llama, **CONFIG)
+    hf_accel.patch(mine, **CONFIG)
+    assert [tokens(tiny_llama), tokens(mine)] == expected
+    hf_accel.unpatch(tiny_llama)
+    assert [tokens(tiny_llama), tokens(mine)] == expected
+    hf_accel.unpatch(mine)
+    assert "_sample" not in vars(Mine)
+    assert "_sample" not in vars(LlamaForCausalLM)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_deleted_model_is_freed_with_its_engine(fused):
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ).eval()
+    hf_accel.patch(model, fused=fused, **CONFIG)
+    tokens(model)
+    engine = hf_accel.get_engine(model)
+    refs = [weakref.ref(x) for x in (model, engine, engine.core.executor.runner.pool.k_pages[0], model.lm_head.weight)]
+    del model, engine
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 4
+    assert not hooks._instances
+    assert "_sample" not in vars(LlamaForCausalLM)
+    assert not torch.optim.optimizer._global_optimizer_post_hooks
+
+
+def test_an_engine_keeps_its_model_and_goes_with_it(tiny_llama):
+    engine = Engine(copy.deepcopy(tiny_llama), **CONFIG)
+    gc.collect()
+    assert len(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))[0].outputs[0].token_ids) == 3
+    ref = weakref.ref(engine.model)
+    del engine
+    gc.collect()
+    assert ref() is None
+
+
+# -- copies, saving, training --
+
+
+def test_pickle_copy_and_save(tiny_llama, tmp_path):
+    expected = tokens(tiny_llama)
+    state = {k: v.clone() for k, v in tiny_llama.state_dict().items()}
+    hf_accel.patch(tiny_llama, **CONFIG)
+    assert tokens(tiny_llama) == expected
+    buffer = io.BytesIO()
+    torch.save(tiny_llama, buffer)
+    buffer.seek(0)
+    tiny_llama.save_pretrained(tmp_path)
+    copies = {
+        "pickle": pickle.loads(pickle.dumps(tiny_llama)),
+        "deepcopy": copy.deepcopy(tiny_llama),
+        "torch.save": torch.load(buffer, weights_only=False),
+        "save_pretrained": LlamaForCausalLM.from_pretrained(tmp_path).eval(),
+    }
+    for name, model in copies.items():
+        assert not hf_accel.is_patched(model), name
+        assert type(model) is LlamaForCausalLM
+        assert tokens(model) == expected
+        assert model.config._attn_implementation == tiny_llama.config._attn_implementation
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        hf_accel.patch(model, **CONFIG)
+        assert tokens(model) == expected
+    assert all(torch.equal(v, state[k]) for k, v in tiny_llama.state_dict().items())
+    assert "hf_accel" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_training_step_equals_that_of_an_unpatched_twin(tiny_llama, training):
+    twin = copy.deepcopy(tiny_llama)
+    hf_accel.patch(tiny_llama, **CONFIG)
+    tokens(tiny_llama)
+    losses = []
+    for model in (tiny_llama, twin):
+        model.train(training)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(3):
+            loss = model(input_ids=PROMPT, labels=PROMPT).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+            if model is tiny_llama:
+                tokens(model)  # generating between steps takes nothing from training
+    assert losses[:3] == losses[3:]
+    for ours, theirs in zip(tiny_llama.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.requires_grad
+
+
+def test_inference_mode_and_back(tiny_llama):
+    expected = tokens(tiny_llama)
+    for fused in (True, False):
+        for backend in ("auto", "torch"):
+            hf_accel.patch(tiny_llama, fused=fused, attention_backend=backend, **CONFIG)
+            with torch.inference_mode():
+                assert tokens(tiny_llama) == expected
+            assert tokens(tiny_llama) == expected
+            with torch.inference_mode():
+                assert tokens(tiny_llama) == expected
+            tiny_llama(input_ids=PROMPT, labels=PROMPT).loss.backward()
+            assert hf_accel.get_engine(tiny_llama).stats().num_fallbacks == 0
+
+
+# -- memory --
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_unpatch_gives_the_memory_back(tiny_llama, fused):
+    hf_accel.patch(tiny_llama, fused=fused, **CONFIG)
+    tokens(tiny_llama)
+    engine = hf_accel.get_engine(tiny_llama)
+    runner = engine.core.executor.runner
+    pages = [weakref.ref(t) for t in (*runner.pool.k_pages, *runner.pool.v_pages)]
+    assert runner.pool.num_bytes > 0
+    assert (runner._fused is not None) == fused
+    hf_accel.unpatch(tiny_llama)
+    assert runner.pool.num_bytes == 0
+    assert all(ref() is None for ref in pages)
+    assert runner._fused is None
+    with pytest.raises(RuntimeError, match="shut down: make a new one, or patch the model again"):
+        engine.generate([[1, 2]])
+
+
+def test_no_memory_is_taken_before_the_first_call(tiny_llama):
+    hf_accel.patch(tiny_llama, **CONFIG)
+    assert not [o for o in gc.get_objects() if type(o).__name__ == "MHAPool" and o.num_bytes and o.num_pages == 128]
+
+
+def test_sleep_and_wake_of_a_patched_model(tiny_llama):
+    expected = tokens(tiny_llama)
+    hf_accel.patch(tiny_llama, **CONFIG)
+    assert tokens(tiny_llama) == expected
+    engine = hf_accel.get_engine(tiny_llama)
+    engine.sleep()
+    assert engine.core.executor.runner.pool.num_bytes == 0
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.mul_(-1)  # as a training phase between two rollouts
+    assert tokens(tiny_llama) == tokens(copy.deepcopy(tiny_llama)) != expected
+
+
+# -- hooks --
+
+
+@pytest.mark.parametrize(
+    "where", ["model.layers.0.self_attn.o_proj", "model.layers.1", "model.embed_tokens", "lm_head", ""]
+)
+def test_a_hook_that_changes_the_output_changes_the_tokens(tiny_llama, where):
+    def double(module, args, output):
+        if isinstance(output, torch.Tensor):
+            return output.flip(-1)
+        if hasattr(output, "logits"):
+            output.logits = output.logits.flip(-1)
+            return output
+        return (output[0].flip(-1), *output[1:])
+
+    before = tokens(tiny_llama)
+    hf_accel.patch(tiny_llama, **CONFIG)
+    assert tokens(tiny_llama) == before
+    hook = tiny_llama.get_submodule(where).register_forward_hook(double)
+    expected = tokens(copy.deepcopy(tiny_llama))
+    assert expected != before
+    hf_accel.get_engine(tiny_llama).flush_cache()
+    assert tokens(tiny_llama) == expected
+    hook.remove()
+    hf_accel.get_engine(tiny_llama).flush_cache()
+    assert tokens(tiny_llama) == before
+
+
+def test_a_hook_registered_between_calls_is_not_answered_from_the_old_cache(tiny_llama):
+    before = tokens(tiny_llama)
+    hf_accel.patch(tiny_llama, **CONFIG)
+    assert tokens(tiny_llama) == before
+    steered = tiny_llama.model.layers[0].register_forward_hook(lambda module, args, output: output + 3 * torch.ones(64))
+    expected = tokens(copy.deepcopy(tiny_llama))
+    assert tokens(tiny_llama) == expected
+    steered.remove()
+    assert tokens(tiny_llama) == before
+
+
+def test_hooks_see_each_token_once(tiny_llama):
+    hf_accel.patch(tiny_llama, **CONFIG)
+    counts = {"pre": 0, "post": 0}
+
+    def pre(module, args):
+        counts["pre"] += args[0].shape[1]
+
+    def post(module, args, output):
+        counts["post"] += args[0].shape[1]
+
+    tiny_llama.model.layers[0].mlp.register_forward_pre_hook(pre)
+    tiny_llama.model.layers[0].mlp.register_forward_hook(post)
+    tokens(tiny_llama)
+    total = 2 * (PROMPT.shape[1] + LENGTH - 1)
+    assert counts == {"pre": total, "post": total}
+    assert hf_accel.get_engine(tiny_llama).stats().num_fallbacks == 0
+
+
+def test_patching_fires_no_hook(tiny_llama):
+    fired = []
+    for module in tiny_llama.modules():
+        module.register_forward_hook(lambda module, *args: fired.append(module))
+    read_spec(tiny_llama)
+    hf_accel.patch(tiny_llama, **CONFIG)
+    assert fired == []
+    tokens(tiny_llama)
+    assert set(map(type, fired)) >= {nn.Linear, LlamaForCausalLM}
