@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import threading
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
     PreTrainedModel,
-    TextIteratorStreamer,
-    TextStreamer,
 )
 from transformers.utils import logging as hf_logging
 
 import hf_accel
-from hf_accel.config import FaultInjection
 
-from ..patching.configs import left_padded, make_model
+from ..patching.configs import make_model
 from . import generate_cases as cases
-
-CONFIG: dict[str, Any] = {
-    "page_size": 4,
-    "num_pages": 128,
-    "max_num_batched_tokens": 16,
-    "faults": FaultInjection(check_integrity=True),
-}
-TOLERANCE = 2e-4  # of logits of magnitude 5, and of keys and values
+from .comparison import CONFIG, assert_same, assert_same_cache, compare, compare_case, ids, observe, prompts, table
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2"])
@@ -42,109 +26,12 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return make_model(request.param)
 
 
-@dataclass
-class Outcome:
-    """All that a caller can observe of a call."""
-
-    result: Any = None
-    error: BaseException | None = None
-    warnings: list[tuple[type, str]] = field(default_factory=list)
-    logs: list[str] = field(default_factory=list)
-    random_state: torch.Tensor | None = None
-
-
-def observe(call: Callable[[], Any]) -> Outcome:
-    """Make a call from a fixed seed and note everything about it."""
-    outcome = Outcome()
-    hf_logging.warning_once.cache_clear()
-    handler = logging.Handler()
-    handler.emit = lambda record: outcome.logs.append(record.getMessage())
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    torch.manual_seed(123)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                outcome.result = call()
-            except Exception as error:
-                outcome.error = error
-        outcome.warnings = [(w.category, str(w.message)) for w in caught]
-    finally:
-        logger.removeHandler(handler)
-    outcome.random_state = torch.get_rng_state()
-    return outcome
-
-
-def assert_same(got: Outcome, expected: Outcome) -> None:
-    if expected.error is not None or got.error is not None:
-        assert type(got.error) is type(expected.error), f"{got.error!r} instead of {expected.error!r}"
-        assert str(got.error) == str(expected.error)
-    assert got.warnings == expected.warnings
-    assert got.logs == expected.logs
-    assert_same_result(got.result, expected.result)
-    if expected.error is None:
-        assert torch.equal(got.random_state, expected.random_state), "the global random state went another way"
-
-
-def assert_same_result(got: Any, expected: Any) -> None:
-    assert type(got) is type(expected)
-    if isinstance(expected, torch.Tensor):
-        assert got.dtype == expected.dtype and torch.equal(got, expected)
-    elif expected is not None:
-        assert list(got.keys()) == list(expected.keys())
-        assert torch.equal(got.sequences, expected.sequences)
-        for name in ("scores", "logits"):
-            mine, theirs = getattr(got, name), getattr(expected, name)
-            assert (mine is None) == (theirs is None)
-            if theirs is not None:
-                assert type(mine) is tuple and len(mine) == len(theirs)
-                torch.testing.assert_close(torch.stack(mine), torch.stack(theirs), atol=TOLERANCE, rtol=0)
-        assert type(got.past_key_values) is type(expected.past_key_values)
-
-
-def assert_same_cache(got: DynamicCache, expected: DynamicCache, mask: torch.Tensor) -> None:
-    """Shapes everywhere, values at every token but padding."""
-    assert got.get_seq_length() == expected.get_seq_length() and len(got.layers) == len(expected.layers)
-    for mine, theirs in zip(got.layers, expected.layers):
-        assert type(mine) is type(theirs) and mine.keys.shape == theirs.keys.shape
-        real = torch.ones(mask.shape[0], expected.get_seq_length(), dtype=torch.bool)
-        real[:, : mask.shape[1]] = mask.bool()
-        real = real[:, -mine.keys.shape[2] :, None].expand(-1, -1, mine.keys.shape[3])[:, None].expand_as(mine.keys)
-        torch.testing.assert_close(mine.keys[real], theirs.keys[real], atol=TOLERANCE, rtol=0)
-        torch.testing.assert_close(mine.values[real], theirs.values[real], atol=TOLERANCE, rtol=0)
-
-
-def prompts() -> dict[str, torch.Tensor]:
-    input_ids, mask = left_padded(cases.LENGTHS_OF_PROMPTS)
-    return {"input_ids": input_ids, "attention_mask": mask}
-
-
-def compare(model: PreTrainedModel, call: Callable[[], Any], reason: str | None = None, count: int = 2) -> Outcome:
-    """The call on the model as it is, then twice patched (the second time on a warm prefix cache); returns HF's outcome."""
-    expected = observe(call)
-    with hf_accel.patch(model, **CONFIG):
-        for _ in range(2):
-            got = observe(call)
-            assert_same(got, expected)
-        stats = hf_accel.get_engine(model).stats()
-        hf_accel.get_engine(model).check_integrity()
-        assert stats.num_running == stats.num_waiting == 0
-        assert stats.num_pages_free + stats.num_pages_cached == stats.num_pages_total
-        if reason is None:
-            assert stats.fallback_reasons == {}
-        else:
-            assert stats.num_fallbacks == count and len(stats.fallback_reasons) == 1
-            assert reason in next(iter(stats.fallback_reasons))
-    return expected
-
-
-def compare_case(model: PreTrainedModel, case: cases.Case, reason: str | None = None) -> Outcome:
-    return compare(model, lambda: model.generate(**{**prompts(), **case()}), reason)
-
-
-def table(entries: dict[str, Any]) -> Any:
-    return pytest.mark.parametrize("case", entries.values(), ids=entries.keys())
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_warning()
+    yield
+    hf_logging.set_verbosity(verbosity)
 
 
 @table(cases.LENGTHS | {f"sampled_{k}": v for k, v in cases.SAMPLING.items()} | cases.PROCESSORS)
@@ -190,10 +77,6 @@ def test_errors_are_hfs_own(model: PreTrainedModel, case: cases.Case) -> None:
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------
-
-
-def ids(length: int = 11) -> torch.Tensor:
-    return left_padded([length], seed=7)[0]
 
 
 def holes() -> torch.Tensor:
@@ -276,183 +159,3 @@ def test_bad_inputs_fail_as_in_hf(model: PreTrainedModel, case: Callable[[], dic
         stats = hf_accel.get_engine(model).stats()
     assert type(got.error) is type(expected.error) and str(got.error) == str(expected.error)
     assert stats.num_running == stats.num_waiting == 0
-
-
-# ---- caches given by the caller ------------------------------------------------------------------------------------
-
-
-def test_chat_loop_reusing_a_cache(model: PreTrainedModel) -> None:
-    def chat() -> torch.Tensor:
-        cache, tokens = DynamicCache(config=model.config), ids()
-        for turn in range(3):
-            tokens = model.generate(tokens, past_key_values=cache, **cases.greedy()())
-            tokens = torch.cat([tokens, ids(3 + turn)], dim=1)
-        return tokens
-
-    compare(model, chat, "past_key_values given by the caller", count=6)
-
-
-def test_returned_cache_goes_on(model: PreTrainedModel) -> None:
-    """The cache of a patched call, in which rows ended early, continues as HF's does."""
-
-    def chat() -> torch.Tensor:
-        first = model.generate(**prompts(), **cases.greedy(return_dict_in_generate=True, eos_token_id=cases.EOS)())
-        tokens = torch.cat([first.sequences, ids(3).repeat(3, 1)], dim=1)
-        mask = torch.ones_like(tokens)
-        mask[:, : prompts()["attention_mask"].shape[1]] = prompts()["attention_mask"]
-        return model.generate(tokens, attention_mask=mask, past_key_values=first.past_key_values, **cases.greedy()())
-
-    compare(model, chat, "past_key_values given by the caller")
-
-
-def test_prefilled_cache_for_many_prompts(model: PreTrainedModel) -> None:
-    with torch.no_grad():
-        prefix = model(ids(), past_key_values=DynamicCache(config=model.config)).past_key_values
-
-    def call() -> torch.Tensor:
-        tokens = torch.cat([ids(), left_padded([4], seed=9)[0]], dim=1)
-        return model.generate(tokens, past_key_values=copy.deepcopy(prefix), **cases.greedy()())
-
-    compare(model, call, "past_key_values given by the caller")
-
-
-# ---- other models in the call --------------------------------------------------------------------------------------
-
-
-def test_assisted_decoding(model: PreTrainedModel) -> None:
-    """The patched model as the main one and as its own assistant: both keep to HF's code."""
-    expected = observe(lambda: model.generate(ids(), assistant_model=model, **cases.greedy()()))
-    with hf_accel.patch(model, **CONFIG):
-        got = observe(lambda: model.generate(ids(), assistant_model=model, **cases.greedy()()))
-        assert set(hf_accel.get_engine(model).stats().fallback_reasons) == {
-            "the model is the assistant of another generation"
-        }
-    assert_same(got, expected)
-
-
-def test_prompt_lookup(model: PreTrainedModel) -> None:
-    compare(model, lambda: model.generate(ids().repeat(1, 2), prompt_lookup_num_tokens=3, **cases.greedy()()))
-
-
-def test_custom_generate_callable(model: PreTrainedModel) -> None:
-    """A caller's own decoding loop is called as by HF."""
-
-    def loop(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        kwargs.pop("custom_generate", None)
-        return torch.cat([input_ids, input_ids], dim=1)
-
-    compare(model, lambda: model.generate(ids(), custom_generate=loop, **cases.greedy()()))
-
-
-# ---- streamers -----------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Notes what a streamer is told."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.calls.append(value.tolist())
-
-    def end(self) -> None:
-        self.calls.append("end")
-
-
-@pytest.mark.parametrize("options", [cases.greedy(eos_token_id=cases.EOS), cases.sampled()], ids=["greedy", "sampled"])
-def test_streamer_is_told_what_hf_tells(model: PreTrainedModel, options: cases.Case) -> None:
-    told: list[list[Any]] = []
-
-    def call() -> torch.Tensor:
-        recorder = Recorder()
-        result = model.generate(**prompts(), streamer=recorder, **options())
-        told.append(recorder.calls)
-        return result
-
-    compare(model, call)
-    assert told[0] == told[1] == told[2] and told[0][-1] == "end"
-
-
-def test_text_streamer(model: PreTrainedModel, capsys: pytest.CaptureFixture[str]) -> None:
-    printed: list[str] = []
-
-    def call() -> torch.Tensor:
-        result = model.generate(
-            ids(), streamer=TextStreamer(cases.make_tokenizer(), skip_prompt=True), **cases.greedy()()
-        )
-        printed.append(capsys.readouterr().out)
-        return result
-
-    compare(model, call)
-    assert printed[0] == printed[1] == printed[2] and len(printed[0]) > 10
-
-
-def test_text_iterator_streamer_in_a_thread(model: PreTrainedModel) -> None:
-    def call() -> str:
-        streamer = TextIteratorStreamer(cases.make_tokenizer(), timeout=60)
-        options = {"input_ids": ids(), "streamer": streamer, **cases.greedy()()}
-        thread = threading.Thread(target=model.generate, kwargs=options)
-        thread.start()
-        text = "".join(streamer)
-        thread.join()
-        return text
-
-    expected = call()
-    with hf_accel.patch(model, **CONFIG):
-        assert call() == expected
-        assert hf_accel.get_engine(model).stats().fallback_reasons == {}
-
-
-def test_exception_in_a_streamer(model: PreTrainedModel) -> None:
-    """It reaches the caller as it is, `end` is not called, nothing stays behind, and the next call works."""
-
-    class Failing(Recorder):
-        def put(self, value: torch.Tensor) -> None:
-            super().put(value)
-            if len(self.calls) == 4:
-                raise LookupError("the client has gone")
-
-    expected = model.generate(**prompts(), **cases.greedy()())
-    with hf_accel.patch(model, **CONFIG):
-        streamer = Failing()
-        with pytest.raises(LookupError, match="the client has gone"):
-            model.generate(**prompts(), streamer=streamer, **cases.greedy()())
-        assert len(streamer.calls) == 4
-        stats = hf_accel.get_engine(model).stats()
-        assert stats.num_running == stats.num_waiting == 0
-        assert torch.equal(model.generate(**prompts(), **cases.greedy()()), expected)
-
-
-# ---- what calls leave behind ---------------------------------------------------------------------------------------
-
-
-def test_user_objects_are_used_in_place(model: PreTrainedModel) -> None:
-    """A processor's own state after a call is as after HF's."""
-
-    def calls_made() -> int:
-        processor = cases.RisingBias()
-        model.generate(**prompts(), logits_processor=LogitsProcessorList([processor]), **cases.greedy()())
-        return processor.num_calls
-
-    expected = calls_made()
-    with hf_accel.patch(model, **CONFIG):
-        assert calls_made() == expected
-
-
-def test_generation_config_of_the_model(model: PreTrainedModel) -> None:
-    """Defaults that live on the model are honoured, and left as they were."""
-    model = copy.deepcopy(model)
-    model.generation_config.update(do_sample=True, top_k=5, temperature=0.8, max_new_tokens=9, eos_token_id=cases.EOS)
-    model.generation_config.pad_token_id = cases.PAD
-    before = model.generation_config.to_dict()
-    compare(model, lambda: model.generate(**prompts()))
-    assert model.generation_config.to_dict() == before
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_warning()
-    yield
-    hf_logging.set_verbosity(verbosity)
