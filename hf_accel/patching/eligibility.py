@@ -12,6 +12,8 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationConfig
 
+from hf_accel.patching.registry import ModelSpec
+
 HARMLESS_KWARGS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "tokenizer"}
 )
@@ -58,6 +60,8 @@ def call_reason(
         return "guidance_scale"
     if input_ids.numel() == 0 or input_ids.dim() != 2:
         return "the prompt has no token ids"
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        return f"token ids of {input_ids.dtype}"
     cache = model_kwargs.get("past_key_values")
     if cache is not None and (
         type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False) or cache.get_seq_length()
@@ -67,6 +71,16 @@ def call_reason(
     if unknown:
         return f"model argument(s) {', '.join(unknown)}"
     return _mask_reason(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+
+
+def window_reason(spec: ModelSpec, mask: torch.Tensor | None) -> str:
+    """Whether masked tokens lie inside a prompt of a model with sliding windows: they have no position, but fill a window."""
+    if mask is None or not spec.has_windows:
+        return ""
+    started = mask.bool().cummax(dim=-1).values if mask.dim() == 2 else mask.bool()
+    return (
+        "an attention_mask with holes, in a model with sliding windows" if bool((started & ~mask.bool()).any()) else ""
+    )
 
 
 def _mask_reason(input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> str:

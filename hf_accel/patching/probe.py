@@ -44,6 +44,7 @@ class Probe:
 
     Attributes:
         layers: KV shapes by `layer_idx`.
+        windows: sliding window of each layer, 0 for none.
         problems: why the model cannot run on a paged KV cache; empty if it can.
         vocab_size: size of the logits.
 
@@ -56,7 +57,7 @@ class Probe:
         self.problems: set[str] = set()
         self.vocab_size = 0
         self._far = FAR if static_positions is None else static_positions - 1
-        self._windows: dict[int, int] = {}
+        self.windows: dict[int, int] = {}
         self._rules: dict[int, MaskRule] = {}
         self._masks: list[torch.Tensor] = []  # kept, so that their addresses stay theirs
         self._seen_this_time: set[int] = set()
@@ -108,7 +109,7 @@ class Probe:
         if key.shape[2] != query.shape[2]:
             self.problems.add("it attends to more than the tokens of the sequence")
             return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-        self._windows[module.layer_idx] = window = options.get("sliding_window") or 0
+        self.windows[module.layer_idx] = window = options.get("sliding_window") or 0
         self._check_mask(mask, window)
         groups = query.shape[1] // key.shape[1]
         return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous()
@@ -141,7 +142,7 @@ class Probe:
     def _check_cache(self, model: PreTrainedModel) -> None:
         """HF's cache must not forget tokens that the attention may see: it would then be the cache that makes the window."""
         for index, layer in enumerate(DynamicCache(config=model.config).layers):
-            kept, window = getattr(layer, "sliding_window", None), self._windows.get(index, 0)
+            kept, window = getattr(layer, "sliding_window", None), self.windows.get(index, 0)
             if kept is not None and kept <= self._far and not 0 < window <= kept:
                 self.problems.add("its cache forgets tokens that its attention may see")
 

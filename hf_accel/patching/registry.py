@@ -36,6 +36,7 @@ class ModelSpec:
         vocab_size: size of the logits.
         max_positions: longest sequence that the model was made for, in tokens.
         static_positions: rope is the same at every length up to this one (longrope and dynamic rope switch past it).
+        has_windows: some layer attends through a sliding window.
         configs: the configuration objects to switch while a step runs.
     """
 
@@ -43,6 +44,7 @@ class ModelSpec:
     vocab_size: int
     max_positions: int
     static_positions: int | None
+    has_windows: bool
     configs: list[Any]
 
 
@@ -116,6 +118,7 @@ def read_spec(model: PreTrainedModel) -> ModelSpec:
         vocab_size=probe.vocab_size,
         max_positions=getattr(model.config, "max_position_embeddings", None) or 1 << 20,
         static_positions=static_positions,
+        has_windows=any(probe.windows.values()),
         configs=attention_configs(model),
     )
 
