@@ -10,6 +10,8 @@ from torch import nn
 
 import hf_accel
 from hf_accel import Engine, SamplingParams
+from hf_accel.engine.patch import _patched
+from hf_accel.patching import hooks
 
 CONFIG = {"num_pages": 128, "page_size": 8}
 PROMPT = torch.randint(0, 256, (2, 37), generator=torch.Generator().manual_seed(3))
@@ -303,14 +305,14 @@ def test_linears_that_are_not_plain(tiny_llama, change, when):
 
 def hf_tokens(model) -> list[list[int]]:
     """The original's answer, on the model itself (some quantized tensors cannot be copied)."""
-    engine_run = hf_accel.engine.patch._patched.pop(model, None)
-    instances = hf_accel.patching.hooks._instances.get(type(model), {})
+    engine_run = _patched.pop(model, None)
+    instances = hooks._instances.get(type(model), {})
     entry = instances.pop(id(model), None)
     try:
         return tokens(model)
     finally:
         if engine_run is not None:
-            hf_accel.engine.patch._patched[model] = engine_run
+            _patched[model] = engine_run
             instances[id(model)] = entry
 
 
