@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from hf_accel.kv_cache.pool import LayerShape
 from hf_accel.patching.attention import attention_configs, attention_replaced
+from hf_accel.patching.eligibility import is_compiled
 
 KNOWN_OPTIONS = frozenset(
     {
@@ -65,7 +66,7 @@ class Probe:
     @torch.no_grad()
     def run(self, model: PreTrainedModel) -> None:
         """Fill the attributes. Raises TypeError where the model's forward refuses the extra keyword."""
-        with _hooks_silenced(model), attention_replaced(attention_configs(model), _registered()):
+        with _undisturbed(model), attention_replaced(attention_configs(model), _registered()):
             token = _current.set(self)
             try:
                 first, second = self._forward(model, 0), self._forward(model, 2)
@@ -79,9 +80,10 @@ class Probe:
 
     def _forward(self, model: PreTrainedModel, first_id: int) -> torch.Tensor:
         self._seen_this_time.clear()
+        device = _input_device(model)
         output = model(
-            input_ids=torch.tensor([[first_id, 1]], device=model.device),
-            position_ids=torch.tensor([[0, 1]], device=model.device),
+            input_ids=torch.tensor([[first_id, 1]], device=device),
+            position_ids=torch.tensor([[0, 1]], device=device),
             attention_mask=None,
             use_cache=False,
             forward_batch=self,
@@ -178,15 +180,31 @@ def _mask(*args: Any, mask_function: MaskRule, device: Any = None, **kwargs: Any
 
 
 @contextlib.contextmanager
-def _hooks_silenced(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """No hook of the user fires, no dropout draws random numbers, nothing is compiled."""
     saved = []
+    training = [module for module in model.modules() if module.training]
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             if hooks:
                 saved.append((hooks, dict(hooks)))
                 hooks.clear()
     try:
-        yield
+        for module in training:
+            module.training = False
+        with torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
+            yield
     finally:
+        for module in training:
+            module.training = True
         for hooks, content in saved:
             hooks.update(content)
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where the forward takes its inputs, also while accelerate keeps the weights elsewhere."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "meta"))

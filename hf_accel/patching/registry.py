@@ -86,6 +86,8 @@ def check_supported(model: PreTrainedModel) -> None:
         refuse("it attends in both directions")
     if not getattr(model, "_supports_attention_backend", False):
         refuse("its attention does not go through transformers' AttentionInterface")
+    if model.device.type == "meta" and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        refuse("its weights are not loaded (they are on the meta device)")
     if getattr(model, "_is_stateful", False):
         refuse("it keeps a recurrent state instead of a KV cache")
 
