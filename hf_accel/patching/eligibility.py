@@ -6,7 +6,7 @@ Every function returns "" when the fast path reproduces HF's answer, otherwise t
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,7 +15,9 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationConfig
 
 from hf_accel.patching.llama_structure import is_user_hook
-from hf_accel.patching.registry import ModelSpec
+
+if TYPE_CHECKING:
+    from hf_accel.patching.registry import ModelSpec
 
 HARMLESS_KWARGS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "tokenizer"}
