@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hf_accel.scheduler.output import SchedulerOutput
+from hf_accel.scheduler.output import ScheduledRequest, SchedulerOutput
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class ForwardBatchBuilder:
     def __init__(self, max_num_seqs: int, page_size: int, device: torch.device) -> None:
         self.page_size = page_size
         self.device = device
+        self._on_cpu = device.type == "cpu"
         self._table = np.zeros((max_num_seqs, 64), dtype=np.int32)  # [slot, page index]
+        self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def build(self, output: SchedulerOutput) -> ForwardBatch:
         """Apply the step's page-table changes and build its tensors on the device."""
@@ -53,17 +55,62 @@ class ForwardBatchBuilder:
         for item in requests:
             if item.page_updates:
                 self._update_row(item.slot, item.page_updates)
+        if output.num_tokens == len(requests) and all(r.num_logits == 1 for r in requests):
+            return self._build_decode(requests)
+        return self._build_mixed(output)
+
+    def page_ids(self, slot: int, num_tokens: int) -> torch.Tensor:
+        """The pages that hold the first `num_tokens` tokens of a running request's row: [num_pages] int64."""
+        return self._device(self._table[slot, : -(-num_tokens // self.page_size)], np.int64)
+
+    def _build_decode(self, requests: tuple[ScheduledRequest, ...]) -> ForwardBatch:
+        """One token and one row of logits each: the step that runs most often, with the fewest array operations."""
+        num_seqs = len(requests)
+        fields = np.array([(r.token_ids[0], r.start, r.slot) for r in requests], dtype=np.int64).T
+        positions, slots = fields[1], fields[2]
+        pages, offsets = np.divmod(positions, self.page_size)
+        longs = np.empty((3, num_seqs), dtype=np.int64)
+        longs[:2] = fields[:2]
+        longs[2] = self._table[slots, pages]
+        longs[2] *= self.page_size
+        longs[2] += offsets
+        seq_lens = positions + 1
+        input_ids, position_ids, slot_mapping = self._device(longs, np.int64).unbind()
+        max_pages = int(pages.max()) + 1
+        query_start_loc, logits_indices = self._one_token_each(num_seqs)
+        ones = (1,) * num_seqs
+        return ForwardBatch(
+            input_ids=input_ids,
+            positions=position_ids,
+            slot_mapping=slot_mapping,
+            page_table=self._device(self._table[slots, :max_pages], np.int32),
+            seq_lens=self._device(seq_lens, np.int32),
+            query_start_loc=query_start_loc,
+            logits_indices=logits_indices,
+            query_lens_cpu=ones,
+            seq_lens_cpu=tuple(seq_lens.tolist()),
+            num_logits_cpu=ones,
+        )
+
+    def _one_token_each(self, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`query_start_loc` and `logits_indices` of a decode step: the same for every step of so many requests."""
+        held = self._counts.get(num_seqs)
+        if held is None:
+            counts = np.arange(num_seqs + 1)
+            held = self._counts[num_seqs] = (self._device(counts, np.int32), self._device(counts[:-1], np.int64))
+        return held
+
+    def _build_mixed(self, output: SchedulerOutput) -> ForwardBatch:
+        """Any mix of prefill chunks and decodes."""
+        requests = output.requests
         slots = np.array([r.slot for r in requests], dtype=np.int64)
         starts = np.array([r.start for r in requests], dtype=np.int64)
         lens = np.array([len(r.token_ids) for r in requests], dtype=np.int64)
         seq_lens = starts + lens
         query_start = np.zeros(len(requests) + 1, dtype=np.int64)
         np.cumsum(lens, out=query_start[1:])
-        if output.num_tokens == len(requests):
-            positions, rows = starts, slots
-        else:
-            offsets = np.arange(output.num_tokens, dtype=np.int64) - np.repeat(query_start[:-1], lens)
-            positions, rows = np.repeat(starts, lens) + offsets, np.repeat(slots, lens)
+        offsets = np.arange(output.num_tokens, dtype=np.int64) - np.repeat(query_start[:-1], lens)
+        positions, rows = np.repeat(starts, lens) + offsets, np.repeat(slots, lens)
         pages = self._table[rows, positions // self.page_size].astype(np.int64)
         max_pages = -(-int(seq_lens.max()) // self.page_size)
         num_logits = [r.num_logits for r in requests]
@@ -83,10 +130,6 @@ class ForwardBatchBuilder:
             num_logits_cpu=tuple(num_logits),
         )
 
-    def page_ids(self, slot: int, num_tokens: int) -> torch.Tensor:
-        """The pages that hold the first `num_tokens` tokens of a running request's row: [num_pages] int64."""
-        return self._device(self._table[slot, : -(-num_tokens // self.page_size)], np.int64)
-
     def _update_row(self, slot: int, updates: tuple[tuple[int, int], ...]) -> None:
         last = max(index for index, _ in updates)
         if last >= self._table.shape[1]:
@@ -96,5 +139,5 @@ class ForwardBatchBuilder:
             self._table[slot, index] = page
 
     def _device(self, values: object, dtype: type) -> torch.Tensor:
-        array = np.ascontiguousarray(np.asarray(values, dtype=dtype))
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
+        return tensor if self._on_cpu else tensor.to(self.device, non_blocking=True)

@@ -16,6 +16,7 @@ from hf_accel.engine.inverse_cdf import invert, uniform
 from hf_accel.engine.logits_filters import filter_logits
 from hf_accel.sampling_params import SamplingParams
 
+_ARGMAX_BLOCK = 128  # divides the common vocabulary sizes
 _CPU_CHUNK = 1 << 17  # elements of the logits that are worked on at once
 
 
@@ -148,9 +149,25 @@ def _choose(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    token_ids = scores.argmax(dim=-1)  # the first of equals; NaN counts as the highest
+    token_ids = _first_of_highest(scores)
     best = scores.gather(1, token_ids[:, None])[:, 0]
-    return torch.stack([token_ids, (best > -torch.inf).long()])  # NaN > -inf is False
+    return torch.stack([token_ids, best > -torch.inf])  # NaN > -inf is False
+
+
+def _first_of_highest(scores: Tensor) -> Tensor:
+    """`scores.argmax(-1)`: [num_rows]; the first of equals, NaN counts as the highest.
+
+    torch's CPU argmax goes an element at a time; `amax` is vectorised. So: the first block that holds the maximum, then
+    the first place in it.
+    """
+    num_rows, vocab_size = scores.shape
+    num_blocks, rest = divmod(vocab_size, _ARGMAX_BLOCK)
+    if scores.device.type != "cpu" or rest or num_blocks < 2 or not scores.is_contiguous():
+        return scores.argmax(dim=-1)
+    blocks = scores.view(num_rows, num_blocks, _ARGMAX_BLOCK)
+    block = blocks.amax(dim=-1).argmax(dim=-1)  # amax gives NaN for a block that has one
+    index = block[:, None, None].expand(-1, 1, _ARGMAX_BLOCK)
+    return block * _ARGMAX_BLOCK + blocks.gather(1, index)[:, 0].argmax(dim=-1)
 
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

@@ -121,12 +121,8 @@ def why_touched(modules: Iterator[nn.Module]) -> str:
         state = module.__dict__
         if state["training"]:
             return "the model is in training mode"
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-        ):
+        hooks = (*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values())
+        if state["_backward_hooks"] or state["_backward_pre_hooks"] or (hooks and any(map(is_user_hook, hooks))):
             return f"a hook is registered on a {type(module).__name__}"
         if "forward" in state:
             return f"a {type(module).__name__} has a forward of its own"
@@ -141,6 +137,11 @@ def _walk(model: nn.Module) -> list[nn.Module]:
     for module in found:
         found += [child for child in module._modules.values() if child is not None]
     return found
+
+
+def is_user_hook(hook: object) -> bool:
+    """Whether a forward hook is more than the recorder of hidden states that transformers leaves, asleep, after one use."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 class Snapshot:

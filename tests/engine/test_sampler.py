@@ -12,7 +12,7 @@ from transformers.generation import logits_process as hf
 
 from hf_accel.engine.inverse_cdf import invert, uniform
 from hf_accel.engine.logits_filters import filter_logits
-from hf_accel.engine.sampler import SampledToken, Sampler, SamplingRow, logprobs_of
+from hf_accel.engine.sampler import SampledToken, Sampler, SamplingRow, _first_of_highest, logprobs_of
 from hf_accel.sampling_params import SamplingParams
 
 
@@ -355,3 +355,16 @@ def test_logprobs_of_given_tokens():
     assert all(len(top) == 6 for _, top in found)
     assert logprobs_of(logits[:0], [], 3) == []
     assert [top for _, top in logprobs_of(logits, [0, 1, 2, 3], 0)] == [{}] * 4
+
+
+@pytest.mark.parametrize("vocab_size", [128, 256, 384, 1000, 32000])
+def test_blocked_argmax_is_torchs(vocab_size: int) -> None:
+    """Also on ties, NaN and infinities; 1000 takes torch's own."""
+    for num_rows in (1, 3, 17):
+        plain = torch.randn(num_rows, vocab_size)
+        ties, nan, inf = plain.round(), plain.clone(), plain.clone()
+        nan[0, torch.randint(vocab_size, (2,))] = torch.nan
+        inf[-1, torch.randint(vocab_size, (2,))] = torch.inf
+        nothing = torch.full_like(plain, -torch.inf)
+        for scores in (plain, ties, nan, inf, nothing, torch.zeros_like(plain)):
+            assert torch.equal(_first_of_highest(scores), scores.argmax(dim=-1))
