@@ -47,6 +47,7 @@ class Executor:
         """The step's tensors; also takes over its page-table changes."""
         return self.builder.build(output)
 
+    @torch.inference_mode(False)  # the caller's mode must not mark the pool, the buffers or another caller's logits
     @torch.no_grad()
     def execute(self, batch: ForwardBatch, requests: Sequence[Request]) -> StepResult:
         """Forward and sample. Reads the requests; writes none."""

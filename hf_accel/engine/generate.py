@@ -24,7 +24,7 @@ from transformers.generation import (
 from hf_accel.engine import progress
 from hf_accel.engine.engine import Engine
 from hf_accel.engine.kv_export import export_kv
-from hf_accel.patching.eligibility import call_reason, model_reason
+from hf_accel.patching.eligibility import call_reason, model_reason, window_reason
 from hf_accel.request import Request
 from hf_accel.sampling_params import SamplingParams
 
@@ -59,7 +59,11 @@ def sample(
             **model_kwargs,
         )
 
-    reason = model_reason(model) or call_reason(input_ids, generation_config, synced_gpus, model_kwargs)
+    reason = (
+        model_reason(model)
+        or call_reason(input_ids, generation_config, synced_gpus, model_kwargs)
+        or window_reason(engine.core.executor.runner.spec, model_kwargs.get("attention_mask"))
+    )
     if reason:
         return fall_back(reason)
     namespace = engine.begin_call()
@@ -145,7 +149,7 @@ def _generate_native(call: _Call) -> torch.Tensor:
         raise RuntimeError("the engine aborted this call's rows (flush_cache, sleep or shutdown from another thread)")
     longest = max(len(o) for o in outputs)
     fill = 0 if call.pad_id is None else call.pad_id
-    generated = torch.tensor([o + [fill] * (longest - len(o)) for o in outputs], dtype=call.input_ids.dtype)
+    generated = torch.tensor([o + [fill] * (longest - len(o)) for o in outputs])  # int64, as argmax
     sequences = torch.cat([call.input_ids, generated.to(call.input_ids.device)], dim=-1)
     for criterion in call.criteria:
         if isinstance(criterion, MaxLengthCriteria):
@@ -160,7 +164,8 @@ def _generate_in_lockstep(call: _Call) -> dict[str, Any]:
     as_dict = config.return_dict_in_generate
     scores: tuple[torch.Tensor, ...] | None = () if as_dict and config.output_scores else None
     raw_logits: tuple[torch.Tensor, ...] | None = () if as_dict and config.output_logits else None
-    keep_finished = _wants_scores(config)  # their scores are returned, so they go on, on padding, as in HF
+    # As in HF, ended rows go on: on padding, where their scores or KV are returned; on their own tokens without an eos.
+    keep_finished = bool(as_dict) or not call.has_eos
     unfinished = torch.ones(len(call.rows), dtype=torch.long, device=device)
     last: list[torch.Tensor | None] = [None] * len(call.rows)
     live = list(range(len(call.rows)))
@@ -198,10 +203,6 @@ def _generate_in_lockstep(call: _Call) -> dict[str, Any]:
     if call.streamer is not None:
         call.streamer.end()
     return {"sequences": input_ids, "scores": scores, "logits": raw_logits}
-
-
-def _wants_scores(config: GenerationConfig) -> bool:
-    return bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
 
 
 def _strip_padding(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:

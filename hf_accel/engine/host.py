@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_accel.config import EngineConfig
@@ -21,7 +22,7 @@ from hf_accel.engine.executor import Executor, StepResult
 from hf_accel.engine.model_runner import ModelRunner
 from hf_accel.engine.outputs import EngineStats
 from hf_accel.engine.weights import WeightTracker
-from hf_accel.patching.eligibility import model_reason
+from hf_accel.patching.eligibility import has_user_hooks, model_reason
 from hf_accel.patching.registry import ModelSpec, base_model, read_spec
 from hf_accel.request import Request, RequestStatus
 from hf_accel.sampling_params import SamplingParams
@@ -44,6 +45,7 @@ class EngineHost:
         self._ids = itertools.count()  # outlives the core, so that no two requests of this engine share an id
         self._build(spec or read_spec(hf_model))
 
+    @torch.inference_mode(False)  # a pool made inside inference_mode could not be written outside of it
     def _build(self, spec: ModelSpec) -> None:
         runner = ModelRunner(self._model_ref, spec, self.config)
         self.core = EngineCore(Executor(runner), self.config, self._on_step, self._ids)
@@ -58,8 +60,14 @@ class EngineHost:
 
     # ---- rows of generate calls --------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def begin_call(self) -> Hashable:
-        """Called once at the start of every call: wakes the pool, follows weight changes; returns the KV namespace."""
+        """Called once at the start of every call: wakes the pool, follows weight changes; returns the KV namespace.
+
+        While forward hooks are registered every call has a namespace of its own: they see each token of the call's
+        prompts, and what they change is never served to a later call.
+        """
         if self._closed:
             raise RuntimeError("the engine was shut down: make a new one, or patch the model again")
         with self.core.exclusive():
@@ -69,7 +77,7 @@ class EngineHost:
                 self._wake()
             version = self._tracker.version()
             self.core.executor.runner.prepare(version)
-            return version
+            return (version, next(self._ids)) if has_user_hooks(self.model) else version
 
     def begin_request(self) -> Hashable:
         """`begin_call` for requests that have no original code to fall back to.
@@ -198,6 +206,7 @@ class EngineHost:
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def _wake(self) -> None:
         if self._asleep:
             self.core.executor.runner.pool.restore()

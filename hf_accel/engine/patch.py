@@ -21,6 +21,7 @@ from hf_accel.patching.registry import ModelSpec, base_model, read_spec
 class _Patched:
     config: dict[str, Any]
     spec: ModelSpec
+    wrapper: weakref.ref[Any]  # what the user patched: the model, or a PEFT model around it
     engine: Engine | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -48,12 +49,16 @@ def patch(model: Any, **config: Any) -> Any:
     hf_model = base_model(model)
     EngineConfig.from_kwargs(**config)
     known = _patched.get(hf_model)
-    if known is not None and known.config == config:
+    if known is not None and known.config == config and known.wrapper() is model:
         return model
     spec = read_spec(hf_model)
     unpatch(model)
-    _patched[hf_model] = _Patched(config, spec)
-    hooks.install(hf_model, _run, unpatch)
+    _patched[hf_model] = _Patched(config, spec, weakref.ref(model))
+    try:
+        hooks.install(hf_model, _run, unpatch, wrapper=model)
+    except BaseException:
+        unpatch(model)
+        raise
     return model
 
 
@@ -63,6 +68,7 @@ def unpatch(model: Any) -> Any:
     entry = _patched.pop(hf_model, None)
     if entry is not None:
         hooks.uninstall(hf_model)
+        hooks.uninstall(entry.wrapper())
         if entry.engine is not None:
             entry.engine.shutdown()
     return model

@@ -5,12 +5,19 @@ Every function returns "" when the fast path reproduces HF's answer, otherwise t
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationConfig
+
+from hf_accel.patching.llama_structure import is_user_hook
+
+if TYPE_CHECKING:
+    from hf_accel.patching.registry import ModelSpec
 
 HARMLESS_KWARGS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "tokenizer"}
@@ -23,18 +30,17 @@ def model_reason(model: PreTrainedModel) -> str:
         return "the model is in training mode with active dropout"
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         return "the model is in training mode with gradient checkpointing"
-    if torch.is_autocast_enabled(model.device.type):
-        return "autocast is on"
-    if getattr(model, "_compiled_call_impl", None) is not None or any(
-        getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
-        for m in model.modules()
-    ):
-        return "the model or one of its modules is compiled by torch.compile"
+    if model.device.type == "meta" or any(_offloads(m) for m in model.modules()):
+        return "weights are offloaded by accelerate"
     device_map = getattr(model, "hf_device_map", None) or {}
     if len(set(map(str, device_map.values()))) > 1:
         return "the model is spread over several devices (hf_device_map)"
-    if model.device.type == "meta" or any(_offloads(m) for m in model.modules()):
-        return "weights are offloaded by accelerate"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
+    if is_compiled(model):
+        return "the model or one of its modules is compiled by torch.compile"
+    if any(_chooses_adapters_by_row(h) for m in model.modules() for h in m._forward_pre_hooks.values()):
+        return "PEFT adapters chosen for each row (adapter_names)"
     return _prepare_inputs_reason(model)
 
 
@@ -58,6 +64,8 @@ def call_reason(
         return "guidance_scale"
     if input_ids.numel() == 0 or input_ids.dim() != 2:
         return "the prompt has no token ids"
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        return f"token ids of {input_ids.dtype}"
     cache = model_kwargs.get("past_key_values")
     if cache is not None and (
         type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False) or cache.get_seq_length()
@@ -67,6 +75,39 @@ def call_reason(
     if unknown:
         return f"model argument(s) {', '.join(unknown)}"
     return _mask_reason(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+
+
+def window_reason(spec: ModelSpec, mask: torch.Tensor | None) -> str:
+    """Whether masked tokens lie inside a prompt of a model with sliding windows: they have no position, but fill a window."""
+    if mask is None or not spec.has_windows:
+        return ""
+    started = mask.bool().cummax(dim=-1).values if mask.dim() == 2 else mask.bool()
+    return (
+        "an attention_mask with holes, in a model with sliding windows" if bool((started & ~mask.bool()).any()) else ""
+    )
+
+
+def _checkpoints_activations(model: PreTrainedModel) -> bool:
+    new_name = "is_activation_checkpointing"  # transformers 5.23; the old one warns there
+    return bool(getattr(model, new_name if hasattr(type(model), new_name) else "is_gradient_checkpointing", False))
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to the model or to one of its modules."""
+    return any(
+        m.__dict__.get("_compiled_call_impl") is not None or type(m).__name__ == "OptimizedModule"
+        for m in model.modules()
+    )
+
+
+def has_user_hooks(model: nn.Module) -> bool:
+    """Whether forward hooks may change, or watch, what a token's layers compute: its KV must then be computed anew."""
+    return module_hooks._has_any_global_hook() or any(
+        is_user_hook(hook)
+        for m in model.modules()
+        for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        for hook in hooks.values()
+    )
 
 
 def _mask_reason(input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> str:
@@ -91,20 +132,26 @@ def _mask_reason(input_ids: torch.Tensor, mask: torch.Tensor | None, position_id
 
 
 def _prepare_inputs_reason(model: PreTrainedModel) -> str:
+    own = type(model).prepare_inputs_for_generation
     override = vars(model).get("prepare_inputs_for_generation")
-    if override is not None:
-        owner = getattr(override, "__self__", None)
+    owner = getattr(override, "__self__", None)
+    put_back = owner is model and getattr(override, "__func__", None) is own  # PEFT leaves the model's own method so
+    if override is not None and not put_back:
         configs = getattr(owner, "peft_config", None)
-        if not isinstance(configs, dict):
+        if owner is model or not isinstance(configs, dict):
             return "prepare_inputs_for_generation is replaced on the model"
         if any(getattr(c, "is_prompt_learning", False) for c in configs.values()):
             return "PEFT prompt learning"
-    own = type(model).prepare_inputs_for_generation
     if own is not GenerationMixin.prepare_inputs_for_generation and not own.__module__.startswith("transformers."):
         return "the model has its own prepare_inputs_for_generation"
     if vars(model).get("forward") is not None and not hasattr(model, "_hf_hook"):
         return "the model's forward is replaced on the instance"
     return ""
+
+
+def _chooses_adapters_by_row(hook: Any) -> bool:
+    """PEFT's temporary hooks split the batch by rows, which a packed batch does not have."""
+    return isinstance(hook, functools.partial) and hook.func.__module__.startswith("peft.")
 
 
 def _has_dropout(model: nn.Module) -> bool:

@@ -18,35 +18,47 @@ SampleFunction = Callable[..., Any]
 """`run(model, original, *args, **kwargs)`: the replacement; `original(*args, **kwargs)` is HF's bound `_sample`."""
 
 _lock = threading.RLock()  # a weakref callback may fire while it is held
-_instances: dict[type, dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]]] = {}
+_Entry = tuple[weakref.ref[Any], SampleFunction]
+_instances: dict[type, dict[int, _Entry]] = {}
 _MISSING = object()
 _displaced: dict[type, dict[str, Any]] = {}
 
 
-def install(model: PreTrainedModel, run: SampleFunction, leave: Callable[[PreTrainedModel], Any]) -> None:
+def install(
+    model: PreTrainedModel, run: SampleFunction, leave: Callable[[Any], Any], wrapper: object | None = None
+) -> None:
     """Send this model's `_sample` calls to `run`. Other models of its class are not touched.
 
-    While its class has a patched model, a `with` block over one calls `leave(model)` at its end.
+    While its class has a patched model, a `with` block over one calls `leave(model)` at its end; so for the `wrapper`
+    (a PEFT model), if the user patched that.
     """
-    cls = type(model)
+    context = {"__enter__": lambda self: self, "__exit__": lambda self, *exc: leave(self) and None}
     with _lock:
-        if cls not in _instances:
-            entries: dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]] = {}
-            attributes = {
-                "_sample": _dispatching(cls._sample, entries),
-                "__enter__": lambda self: self,
-                "__exit__": lambda self, *exc: leave(self) and None,
-            }
-            _instances[cls] = entries
-            _displaced[cls] = {name: cls.__dict__.get(name, _MISSING) for name in attributes}
-            for name, value in attributes.items():
-                setattr(cls, name, value)
-        _instances[cls][id(model)] = (weakref.ref(model, _remover(cls, id(model))), run)
+        _add(model, run, lambda cls, entries: {"_sample": _dispatching(cls._sample, entries), **context})
+        if wrapper is not None and wrapper is not model:
+            _add(wrapper, run, lambda cls, entries: context)
 
 
-def uninstall(model: PreTrainedModel) -> None:
-    """Undo `install`; the class is left as it was found once its last model is gone. Unknown models are ignored."""
+def uninstall(model: object) -> None:
+    """Undo `install` for a model or a wrapper; its class is left as it was found once the last one is gone.
+
+    Unknown models are ignored.
+    """
     _remove(type(model), id(model))
+
+
+def _add(
+    owner: Any, run: SampleFunction, make_attributes: Callable[[Any, dict[int, _Entry]], dict[str, Callable[..., Any]]]
+) -> None:
+    cls = type(owner)
+    if cls not in _instances:
+        entries: dict[int, _Entry] = {}
+        attributes = make_attributes(cls, entries)
+        _instances[cls] = entries
+        _displaced[cls] = {name: cls.__dict__.get(name, _MISSING) for name in attributes}
+        for name, value in attributes.items():
+            setattr(cls, name, value)
+    _instances[cls][id(owner)] = (weakref.ref(owner, _remover(cls, id(owner))), run)
 
 
 def _remover(cls: type, key: int) -> Callable[[object], None]:
@@ -66,9 +78,7 @@ def _remove(cls: type, key: int) -> None:
                 setattr(cls, name, old)
 
 
-def _dispatching(
-    original: Callable[..., Any], entries: dict[int, tuple[weakref.ref[PreTrainedModel], SampleFunction]]
-) -> Callable[..., Any]:
+def _dispatching(original: Callable[..., Any], entries: dict[int, _Entry]) -> Callable[..., Any]:
     @functools.wraps(original)  # HF inspects the signature
     def _sample(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         entry = entries.get(id(self))

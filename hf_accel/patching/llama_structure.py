@@ -74,7 +74,7 @@ def family_of(model: nn.Module) -> Family:
 
 def decoder_layers(model: nn.Module) -> list[Any]:
     """The layers that the model's forward runs."""
-    return list(model.model.layers[: model.config.num_hidden_layers])
+    return list(model.model.layers)[: model.config.num_hidden_layers]
 
 
 def layer_windows(model: nn.Module, family: Family) -> list[int]:
@@ -91,22 +91,20 @@ def layer_windows(model: nn.Module, family: Family) -> list[int]:
 def constants(model: nn.Module) -> tuple[Any, ...]:
     """Every number of the config and modules that the fused step bakes in, so that a change can be seen."""
     family, config = family_of(model), model.config
-    layers = [
-        (
-            layer.self_attn.scaling,
-            layer.self_attn.head_dim,
-            layer.self_attn.use_rope if family.nope else True,
+    norms = ("q_norm", "k_norm") if family.qk_norm else ()
+    layers = []
+    for layer in decoder_layers(model):
+        parts = layer._modules
+        attention = parts["self_attn"]
+        layers.append((
+            attention.scaling,
+            attention.head_dim,
+            attention.use_rope if family.nope else True,
             layer.residual_multiplier if family.multipliers else 1.0,
-            layer.input_layernorm.variance_epsilon,
-            layer.post_attention_layernorm.variance_epsilon,
-            *(
-                (layer.self_attn.q_norm.variance_epsilon, layer.self_attn.k_norm.variance_epsilon)
-                if family.qk_norm
-                else ()
-            ),
-        )
-        for layer in decoder_layers(model)
-    ]
+            parts["input_layernorm"].variance_epsilon,
+            parts["post_attention_layernorm"].variance_epsilon,
+            *(attention._modules[name].variance_epsilon for name in norms),
+        ))  # fmt: skip
     rope = model.model.rotary_emb
     scales = (model.model.embedding_multiplier, config.logits_scaling) if family.multipliers else (1.0, 1.0)
     return (
@@ -123,12 +121,8 @@ def why_touched(modules: Iterator[nn.Module]) -> str:
         state = module.__dict__
         if state["training"]:
             return "the model is in training mode"
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-        ):
+        hooks = (*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values())
+        if state["_backward_hooks"] or state["_backward_pre_hooks"] or (hooks and any(map(is_user_hook, hooks))):
             return f"a hook is registered on a {type(module).__name__}"
         if "forward" in state:
             return f"a {type(module).__name__} has a forward of its own"
@@ -137,18 +131,31 @@ def why_touched(modules: Iterator[nn.Module]) -> str:
     return ""
 
 
+def _walk(model: nn.Module) -> list[nn.Module]:
+    """Every module of the tree, in a fixed order (`modules()` without its bookkeeping: this runs at every call)."""
+    found = [model]
+    for module in found:
+        found += [child for child in module._modules.values() if child is not None]
+    return found
+
+
+def is_user_hook(hook: object) -> bool:
+    """Whether a forward hook is more than the recorder of hidden states that transformers leaves, asleep, after one use."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+
+
 class Snapshot:
     """The module tree as it was, held weakly; `why_changed` compares the live tree with it in one walk."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
+        modules = _walk(model)
         self._modules = [(weakref.ref(module), type(module)) for module in modules]
         self._forwards = {kind: kind.forward for _, kind in self._modules}
         self._constants = constants(model)
 
     def why_changed(self, model: nn.Module) -> str:
         """ "" when the tree has the same modules, classes, forwards and constants, and nothing was hung on them."""
-        modules = list(model.modules())
+        modules = _walk(model)
         if len(modules) != len(self._modules):
             return "a module was added or removed"
         for module, (ref, kind) in zip(modules, self._modules, strict=True):

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from hf_accel.kv_cache.pool import LayerShape
 from hf_accel.patching.attention import attention_configs, attention_replaced
+from hf_accel.patching.eligibility import is_compiled
 
 KNOWN_OPTIONS = frozenset(
     {
@@ -44,6 +45,7 @@ class Probe:
 
     Attributes:
         layers: KV shapes by `layer_idx`.
+        windows: sliding window of each layer, 0 for none.
         problems: why the model cannot run on a paged KV cache; empty if it can.
         vocab_size: size of the logits.
 
@@ -56,7 +58,7 @@ class Probe:
         self.problems: set[str] = set()
         self.vocab_size = 0
         self._far = FAR if static_positions is None else static_positions - 1
-        self._windows: dict[int, int] = {}
+        self.windows: dict[int, int] = {}
         self._rules: dict[int, MaskRule] = {}
         self._masks: list[torch.Tensor] = []  # kept, so that their addresses stay theirs
         self._seen_this_time: set[int] = set()
@@ -64,7 +66,7 @@ class Probe:
     @torch.no_grad()
     def run(self, model: PreTrainedModel) -> None:
         """Fill the attributes. Raises TypeError where the model's forward refuses the extra keyword."""
-        with _hooks_silenced(model), attention_replaced(attention_configs(model), _registered()):
+        with _undisturbed(model), attention_replaced(attention_configs(model), _registered()):
             token = _current.set(self)
             try:
                 first, second = self._forward(model, 0), self._forward(model, 2)
@@ -78,9 +80,10 @@ class Probe:
 
     def _forward(self, model: PreTrainedModel, first_id: int) -> torch.Tensor:
         self._seen_this_time.clear()
+        device = _input_device(model)
         output = model(
-            input_ids=torch.tensor([[first_id, 1]], device=model.device),
-            position_ids=torch.tensor([[0, 1]], device=model.device),
+            input_ids=torch.tensor([[first_id, 1]], device=device),
+            position_ids=torch.tensor([[0, 1]], device=device),
             attention_mask=None,
             use_cache=False,
             forward_batch=self,
@@ -108,7 +111,7 @@ class Probe:
         if key.shape[2] != query.shape[2]:
             self.problems.add("it attends to more than the tokens of the sequence")
             return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-        self._windows[module.layer_idx] = window = options.get("sliding_window") or 0
+        self.windows[module.layer_idx] = window = options.get("sliding_window") or 0
         self._check_mask(mask, window)
         groups = query.shape[1] // key.shape[1]
         return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous()
@@ -141,7 +144,7 @@ class Probe:
     def _check_cache(self, model: PreTrainedModel) -> None:
         """HF's cache must not forget tokens that the attention may see: it would then be the cache that makes the window."""
         for index, layer in enumerate(DynamicCache(config=model.config).layers):
-            kept, window = getattr(layer, "sliding_window", None), self._windows.get(index, 0)
+            kept, window = getattr(layer, "sliding_window", None), self.windows.get(index, 0)
             if kept is not None and kept <= self._far and not 0 < window <= kept:
                 self.problems.add("its cache forgets tokens that its attention may see")
 
@@ -177,15 +180,31 @@ def _mask(*args: Any, mask_function: MaskRule, device: Any = None, **kwargs: Any
 
 
 @contextlib.contextmanager
-def _hooks_silenced(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """No hook of the user fires, no dropout draws random numbers, nothing is compiled."""
     saved = []
+    training = [module for module in model.modules() if module.training]
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             if hooks:
                 saved.append((hooks, dict(hooks)))
                 hooks.clear()
     try:
-        yield
+        for module in training:
+            module.training = False
+        with torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
+            yield
     finally:
+        for module in training:
+            module.training = True
         for hooks, content in saved:
             hooks.update(content)
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where the forward takes its inputs, also while accelerate keeps the weights elsewhere."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "meta"))

@@ -36,6 +36,7 @@ class ModelSpec:
         vocab_size: size of the logits.
         max_positions: longest sequence that the model was made for, in tokens.
         static_positions: rope is the same at every length up to this one (longrope and dynamic rope switch past it).
+        has_windows: some layer attends through a sliding window.
         configs: the configuration objects to switch while a step runs.
     """
 
@@ -43,6 +44,7 @@ class ModelSpec:
     vocab_size: int
     max_positions: int
     static_positions: int | None
+    has_windows: bool
     configs: list[Any]
 
 
@@ -84,6 +86,8 @@ def check_supported(model: PreTrainedModel) -> None:
         refuse("it attends in both directions")
     if not getattr(model, "_supports_attention_backend", False):
         refuse("its attention does not go through transformers' AttentionInterface")
+    if model.device.type == "meta" and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        refuse("its weights are not loaded (they are on the meta device)")
     if getattr(model, "_is_stateful", False):
         refuse("it keeps a recurrent state instead of a KV cache")
 
@@ -116,6 +120,7 @@ def read_spec(model: PreTrainedModel) -> ModelSpec:
         vocab_size=probe.vocab_size,
         max_positions=getattr(model.config, "max_position_embeddings", None) or 1 << 20,
         static_positions=static_positions,
+        has_windows=any(probe.windows.values()),
         configs=attention_configs(model),
     )
 

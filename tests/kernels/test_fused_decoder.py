@@ -173,6 +173,20 @@ def test_only_the_wanted_rows(dtype: torch.dtype) -> None:
     assert_close(cache.step([5], rows=[4]), expected[[49]], dtype)
 
 
+@pytest.mark.parametrize("name", ["llama", "nope and window"])
+def test_wanted_rows_of_a_mixed_batch(name: str) -> None:
+    model = Model(SHAPES[name], torch.float32)
+    sequences = [torch.randint(0, VOCAB, (length,)) for length in (40, 13, 31)]
+    expected = [model.reference(ids) for ids in sequences]
+    cache = Cache(model, sequences)
+    out = cache.step([20, 5, 10], rows=[19, 34])  # nothing of the second
+    assert_close(out, torch.stack([expected[0][19], expected[2][9]]), torch.float32)
+    out = cache.step([12, 1, 8], rows=[20, 3, 12])  # out of order, one in the middle
+    assert_close(out, torch.stack([expected[2][17], expected[0][23], expected[1][5]]), torch.float32)
+    out = cache.step([1, 1, 1], rows=[0, 1, 2])
+    assert_close(out, torch.stack([expected[0][32], expected[1][6], expected[2][18]]), torch.float32)
+
+
 def test_long_prefill_in_one_call() -> None:
     model = Model(dataclasses.replace(SHAPES["llama"], page_size=16), torch.float32)
     ids = torch.randint(0, VOCAB, (150,))

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "elementwise.h"
 #include "paged_attention.h"
@@ -71,7 +72,8 @@ class Step {
         tokens_(b.num_tokens),
         q_size_(int64_t(d.num_heads) * d.head_dim),
         kv_size_(int64_t(d.num_kv_heads) * d.head_dim),
-        qkv_size_(q_size_ + 2 * kv_size_) {
+        qkv_size_(q_size_ + 2 * kv_size_),
+        query_start_loc_(b.query_start_loc) {
     HfaWorkspace& w = *d.workspace;
     hidden_ = w.get<T>(HfaWorkspace::kHidden, tokens_ * d.hidden_size);
     normed_ = w.get<T>(HfaWorkspace::kNormed, std::max(tokens_, b.num_logits) * d.hidden_size);
@@ -90,6 +92,7 @@ class Step {
       rotate(layer);
       if (store_kv(l)) return HFA_BAD_MODEL;
       if (last && b_.num_logits == 0) return HFA_OK;
+      if (last) keep_logit_queries();
       if (attend(layer, l)) return HFA_BAD_MODEL;
       if (last) keep_logit_rows();
       linear(layer.o_proj, attention_, q_size_, tokens_, hidden_, d_.hidden_size, hidden_, HFA_PLAIN);
@@ -181,9 +184,26 @@ class Step {
     args.q = qkv_, args.q_token_stride = qkv_size_, args.q_head_stride = d_.head_dim;
     args.k_pages = b_.k_pages[l], args.v_pages = b_.v_pages[l];
     args.page_table = b_.page_table, args.page_table_stride = b_.page_table_stride;
-    args.seq_lens = b_.seq_lens, args.query_start_loc = b_.query_start_loc;
+    args.seq_lens = b_.seq_lens, args.query_start_loc = query_start_loc_;
     args.out = attention_, args.out_token_stride = q_size_, args.out_head_stride = d_.head_dim;
     return hfa_paged_attention(&args);
+  }
+
+  // In the last layer only queries from a sequence's first wanted row on are needed: the ends of sequences, as a rule.
+  void keep_logit_queries() {
+    starts_.assign(b_.num_seqs + 1, 0);
+    kept_.clear();
+    for (int64_t s = 0; s < b_.num_seqs; ++s) {
+      int64_t first = b_.query_start_loc[s + 1];
+      for (int64_t r = 0; r < b_.num_logits; ++r)
+        if (b_.logits_indices[r] >= b_.query_start_loc[s]) first = std::min(first, b_.logits_indices[r]);
+      for (int64_t t = first; t < b_.query_start_loc[s + 1]; ++t) kept_.push_back(t);
+      starts_[s + 1] = int32_t(kept_.size());
+    }
+    if (int64_t(kept_.size()) == tokens_) return;
+    for (size_t i = 0; i < kept_.size(); ++i)  // rows only move down, none is overwritten before it is read
+      std::memmove(qkv_ + i * qkv_size_, qkv_ + kept_[i] * qkv_size_, q_size_ * sizeof(T));
+    query_start_loc_ = starts_.data();
   }
 
   // After the last attention only the rows whose logits are wanted go on.
@@ -195,7 +215,8 @@ class Step {
     mlp_ = w.get<T>(HfaWorkspace::kMlp, count * d_.intermediate_size);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t t = b_.logits_indices[r];
-      std::memcpy(picked + r * q_size_, attention_ + t * q_size_, q_size_ * sizeof(T));
+      const int64_t row = std::lower_bound(kept_.begin(), kept_.end(), t) - kept_.begin();
+      std::memcpy(picked + r * q_size_, attention_ + row * q_size_, q_size_ * sizeof(T));
       std::memcpy(picked_hidden + r * d_.hidden_size, hidden_ + t * d_.hidden_size, d_.hidden_size * sizeof(T));
     }
     attention_ = picked, hidden_ = picked_hidden, tokens_ = count;
@@ -220,6 +241,9 @@ class Step {
   int64_t tokens_;  // rows alive: all of the batch, then those of the logits
   const int64_t q_size_, kv_size_, qkv_size_;
   T *hidden_, *normed_, *qkv_, *attention_, *mlp_;
+  const int32_t* query_start_loc_;  // of the queries that attend
+  std::vector<int64_t> kept_;       // their rows in the batch, in the last layer
+  std::vector<int32_t> starts_;
 };
 
 }  // namespace
