@@ -91,20 +91,31 @@ class Workload:
         Requests are taken in order: a request reuses its longest common prefix with everything computed before it, also
         in its own stage. A prompt's last token is always computed (its logits are wanted), a last output token never.
         """
+        saved = sum(common // page_size * page_size for common, _ in self._reuse())
+        return saved / self.num_prompt_tokens
+
+    def num_pages(self, page_size: int) -> int:
+        """Pages that hold all its sequences at once, if whole pages of common prefixes are shared."""
+        return sum(-(-total // page_size) - common // page_size for common, total in self._reuse())
+
+    def _reuse(self) -> list[tuple[int, int]]:
+        """(prompt tokens that need not be computed, prompt and new tokens) of each request, in order."""
         tree: dict[int, dict] = {}
         prompts: list[list[int]] = []
         outputs: list[list[int]] = []
-        num_shared, fresh = 0, -1
+        found: list[tuple[int, int]] = []
+        fresh = -1
         for index, g in enumerate(self.generations):
             prompt = self.prompt(index, prompts, outputs)
             for _ in range(self.n):
-                num_shared += min(_common_prefix(tree, prompt), len(prompt) - 1) // page_size * page_size
+                common = min(_common_prefix(tree, prompt), len(prompt) - 1)
+                found.append((common, len(prompt) + g.max_new_tokens))
                 output = [fresh - i for i in range(g.max_new_tokens)]  # like no other tokens
                 fresh -= g.max_new_tokens
                 _insert(tree, prompt + output[:-1])
             prompts.append(prompt)
             outputs.append(output)
-        return num_shared / self.num_prompt_tokens
+        return found
 
 
 class _Draw:

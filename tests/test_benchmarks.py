@@ -43,6 +43,7 @@ def test_ideal_hit_rates() -> None:
         return workloads.make(name, _corpus(), 2048).ideal_hit_rate(page_size)
 
     assert ideal("single_stream") == 0
+    assert workloads.make("shared_prefix", _corpus(), 2048).num_pages(32) == 34 + 15 * 2
     assert ideal("shared_prefix") == pytest.approx(15 * 1024 / (16 * 1056), abs=1e-3)
     assert ideal("self_consistency") == pytest.approx(7 * 511 / (8 * 512))
     assert ideal("self_consistency", 16) == pytest.approx(7 * 496 / (8 * 512))
