@@ -305,7 +305,7 @@ class FusedDecoder:
 
 
 def _flat(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return t.to(dtype).contiguous()
+    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
 
 
 def _check_shapes(
