@@ -64,6 +64,9 @@ def sample(
         or call_reason(input_ids, generation_config, synced_gpus, model_kwargs)
         or window_reason(engine.core.executor.runner.spec, model_kwargs.get("attention_mask"))
     )
+    asks_for_compile = not reason and generation_config.compile_config is not None
+    if asks_for_compile and model._valid_auto_compile_criteria(model_kwargs, generation_config):  # else HF's warning
+        reason = "compile_config"
     if reason:
         return fall_back(reason)
     namespace = engine.begin_call()
