@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import csv
+import dataclasses
 import statistics
 import sys
 import time
@@ -30,13 +31,15 @@ import hf_accel
 from benchmarks import models, results
 from benchmarks.side_by_side import DTYPES
 from hf_accel.engine.engine import Engine
+from hf_accel_kernels.cpu.abi import fused_library
 
 CSV_PATH = results.CSV_PATH.with_name("profile_step.csv")
 KEY = ("model", "dtype", "batch", "part")
 PARTS = {
     "schedule": "scheduler: choose requests, take pages",
     "build": "batch build: page table, positions, slots",
-    "forward": "forward: the model, logits",
+    "native": "forward: inside the C++ step",
+    "forward": "forward: the rest of it (all, without the C++ step)",
     "sample": "sampling",
     "execute": "executor: the rest",
     "update": "scheduler: append tokens, finish",
@@ -45,6 +48,7 @@ PARTS = {
     "between": "between steps: the caller's condition",
 }
 INSIDE = {
+    "native": "forward",
     "sample": "execute",
     "forward": "execute",
     **dict.fromkeys(("schedule", "build", "execute", "update", "on_step"), "step"),
@@ -59,7 +63,7 @@ class StepProfile:
         self._engine, self._batch = engine, batch
         self.steps: list[dict[str, float]] = []
         self._spent: dict[str, float] = defaultdict(float)
-        self._wrapped: list[tuple[Any, str]] = []
+        self._undo: list[Callable[[], None]] = []
         self._pure = False
         self._last_end = 0.0
         self._tick = _clock_cost()
@@ -74,11 +78,13 @@ class StepProfile:
         self._wrap(core.executor.sampler, "sample", "sample")
         self._wrap(core, "_on_tokens", "on_step")
         self._wrap(core, "_step", "step", self._saw_step)
+        if core.executor.runner.fused:
+            self._wrap(fused_library(), "hfa_decoder_forward", "native")
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for owner, name in self._wrapped:
-            delattr(owner, name) if name != "_on_tokens" else setattr(owner, name, self._engine._on_step)
+        for undo in self._undo:
+            undo()
 
     def _wrap(self, owner: Any, name: str, part: str, then: Callable[[Any], None] | None = None) -> None:
         method, spent = getattr(owner, name), self._spent
@@ -93,8 +99,9 @@ class StepProfile:
                 then(result)
             return result
 
+        held = name in vars(owner)
         setattr(owner, name, timed)
-        self._wrapped.append((owner, name))
+        self._undo.append(lambda: setattr(owner, name, method) if held else delattr(owner, name))
 
     def _saw_schedule(self, output: Any) -> None:
         self._pure = output.num_tokens == len(output.requests) == self._batch
@@ -106,8 +113,10 @@ class StepProfile:
         self._last_end = time.thread_time()
 
     def _own_times(self) -> dict[str, float]:
-        own = dict(self._spent)
+        own = {part: self._spent[part] for part in PARTS}
         for part, outer in INSIDE.items():
+            if not self._spent[part]:
+                continue
             calls = self._batch if part == "on_step" else 1
             own[outer] -= self._spent[part] + 2 * self._tick * calls
             own[part] -= self._tick * calls
@@ -121,11 +130,18 @@ class StepProfile:
 def profile_engine(
     bench: models.BenchmarkModel, batch: int, prompt: int, new_tokens: int, rounds: int
 ) -> dict[str, float]:
-    """Seconds of each part of a decode step at this batch size, of `begin_call` too."""
+    """Seconds of each part of a decode step at this batch size; of a step that nothing watches; of `begin_call`."""
     engine = Engine(bench.model)
     prompts = [bench.corpus[i * prompt : (i + 1) * prompt] for i in range(batch)]
     params = hf_accel.SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     engine.generate(prompts, params, use_tqdm=False)
+
+    def call(length: int) -> float:
+        began = time.thread_time()
+        engine.generate(prompts, dataclasses.replace(params, max_tokens=length), use_tqdm=False)
+        return time.thread_time() - began
+
+    plain = statistics.median((call(new_tokens) - call(1)) / (new_tokens - 1) for _ in range(2 * rounds))
     with StepProfile(engine, batch) as profile:
         for _ in range(rounds):
             engine.generate(prompts, params, use_tqdm=False)
@@ -136,7 +152,7 @@ def profile_engine(
         engine.begin_request()
         calls.append(time.thread_time() - began)
     engine.shutdown()
-    return {**found, "begin_call": statistics.median(calls)}
+    return {**found, "plain_step": plain, "begin_call": statistics.median(calls)}
 
 
 def time_generate(bench: models.BenchmarkModel, batch: int, prompt: int, new_tokens: int, rounds: int) -> float:
@@ -187,14 +203,17 @@ def table(case: dict[str, Any], seconds: dict[str, float]) -> str:
     """One case's parts in microseconds and in per cent of the step."""
     total = sum(seconds[part] for part in PARTS)
     lines = [f"\n{case['model']} {case['dtype']}, {case['batch']} row(s): microseconds of a decode step"]
-    lines += [f"  {PARTS[p]:<48}{1e6 * seconds[p]:>10.1f}{100 * seconds[p] / total:>8.1f} %" for p in PARTS]
-    host = total - seconds["forward"]
-    lines.append(f"  {'whole step':<48}{1e6 * total:>10.1f}")
-    lines.append(f"  {'all but the forward':<48}{1e6 * host:>10.1f}{100 * host / total:>8.1f} %")
+    lines += [f"  {PARTS[p]:<52}{1e6 * seconds[p]:>10.1f}{100 * seconds[p] / total:>8.1f} %" for p in PARTS]
+    model, plain = seconds["native"] or seconds["forward"], seconds["plain_step"]
+    lines.append(f"  {'whole step':<52}{1e6 * total:>10.1f}")
+    lines.append(f"  {'whole step, not wrapped (long call - short call)':<52}{1e6 * plain:>10.1f}")
     lines.append(
-        f"  {'HF generate, one step':<48}{1e6 * seconds['generate']:>10.1f}{seconds['generate'] / total:>8.2f} x"
+        f"  {'host: the unwrapped step without the model':<52}{1e6 * (plain - model):>10.1f}{100 - 100 * model / plain:>8.1f} %"
     )
-    lines.append(f"  {'once a call: weights checked, pool awake':<48}{1e6 * seconds['begin_call']:>10.1f}")
+    lines.append(
+        f"  {'HF generate, one step':<52}{1e6 * seconds['generate']:>10.1f}{seconds['generate'] / plain:>8.2f} x"
+    )
+    lines.append(f"  {'once a call: weights checked, pool awake':<52}{1e6 * seconds['begin_call']:>10.1f}")
     return "\n".join(lines)
 
 

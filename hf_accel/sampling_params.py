@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class SamplingParams:
         """Whether the likeliest token is always taken."""
         return self.temperature < 1e-6 or self.top_k == 1
 
-    @property
+    @functools.cached_property
     def plain_greedy(self) -> bool:
         """Whether the token is the argmax of the raw logits and nothing but its id is asked for."""
         return (

@@ -118,6 +118,7 @@ class ModelRunner:
                 batch.logits_indices,
                 self.pool.k_pages,
                 self.pool.v_pages,
+                num_positions=max(batch.seq_lens_cpu),
             )
         metadata = self.backend.plan(batch)
         step = _PagedStep(self.backend, self.pool, metadata)

@@ -6,6 +6,7 @@ a row brings everything it needs. Device-agnostic torch; one copy to the host fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,6 @@ from hf_accel.engine.inverse_cdf import invert, uniform
 from hf_accel.engine.logits_filters import filter_logits
 from hf_accel.sampling_params import SamplingParams
 
-_ARGMAX_BLOCK = 128  # divides the common vocabulary sizes
 _CPU_CHUNK = 1 << 17  # elements of the logits that are worked on at once
 
 
@@ -86,6 +86,8 @@ class Sampler:
             processor is that row's `error`.
         """
         assert logits.dim() == 2 and logits.shape[0] == len(rows)
+        if logits.device.type == "cpu" and all(row.params.plain_greedy for row in rows):
+            return _greedy_on_host(logits)
         errors: dict[int, Exception] = {}
         edited = [i for i, row in enumerate(rows) if _is_edited(row)]
         plain = [i for i, row in enumerate(rows) if not _is_edited(row)]
@@ -148,6 +150,16 @@ def _choose(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return result
 
 
+def _greedy_on_host(logits: Tensor) -> list[SampledToken]:
+    """Plain argmax of CPU logits, what most steps need: between two forwards every torch call costs a cold start."""
+    values = logits.detach().numpy()  # [num_rows, vocab_size]
+    token_ids = values.argmax(axis=-1).tolist()
+    return [
+        SampledToken(token_id) if row[token_id] > -math.inf else SampledToken(-1, error=_invalid(logits[i]))
+        for i, (row, token_id) in enumerate(zip(values, token_ids, strict=True))  # NaN > -inf is False
+    ]
+
+
 def _argmax(scores: Tensor) -> Tensor:
     token_ids = _first_of_highest(scores)
     best = scores.gather(1, token_ids[:, None])[:, 0]
@@ -157,17 +169,11 @@ def _argmax(scores: Tensor) -> Tensor:
 def _first_of_highest(scores: Tensor) -> Tensor:
     """`scores.argmax(-1)`: [num_rows]; the first of equals, NaN counts as the highest.
 
-    torch's CPU argmax goes an element at a time; `amax` is vectorised. So: the first block that holds the maximum, then
-    the first place in it.
+    On CPU through numpy, whose argmax is vectorised (over ten times as fast) and has the same rules.
     """
-    num_rows, vocab_size = scores.shape
-    num_blocks, rest = divmod(vocab_size, _ARGMAX_BLOCK)
-    if scores.device.type != "cpu" or rest or num_blocks < 2 or not scores.is_contiguous():
+    if scores.device.type != "cpu":
         return scores.argmax(dim=-1)
-    blocks = scores.view(num_rows, num_blocks, _ARGMAX_BLOCK)
-    block = blocks.amax(dim=-1).argmax(dim=-1)  # amax gives NaN for a block that has one
-    index = block[:, None, None].expand(-1, 1, _ARGMAX_BLOCK)
-    return block * _ARGMAX_BLOCK + blocks.gather(1, index)[:, 0].argmax(dim=-1)
+    return torch.from_numpy(scores.detach().numpy().argmax(axis=-1))
 
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

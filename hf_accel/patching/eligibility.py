@@ -87,6 +87,11 @@ def window_reason(spec: ModelSpec, mask: torch.Tensor | None) -> str:
     )
 
 
+def _checkpoints_activations(model: PreTrainedModel) -> bool:
+    new_name = "is_activation_checkpointing"  # transformers 5.23; the old one warns there
+    return bool(getattr(model, new_name if hasattr(type(model), new_name) else "is_gradient_checkpointing", False))
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile was applied to the model or to one of its modules."""
     return any(

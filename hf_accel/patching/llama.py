@@ -151,13 +151,18 @@ class FusedDecoderModel:
         logits_indices: torch.Tensor,
         k_pages: Sequence[torch.Tensor],
         v_pages: Sequence[torch.Tensor],
+        *,
+        num_positions: int | None = None,
     ) -> torch.Tensor:
         """One step over paged KV; arguments and errors are those of `FusedDecoder.forward`.
+
+        Args:
+            num_positions: the highest position and one, where the caller knows it on the host.
 
         Returns:
             logits float32 [R, vocab_size].
         """
-        needed = int(positions.max()) + 1
+        needed = int(positions.max()) + 1 if num_positions is None else num_positions
         if needed > self._decoder.max_positions:
             model = self._model()
             if model is None:

@@ -164,9 +164,10 @@ class FusedDecoder:
         """Borrow another embedding table [vocab_size, hidden_size]."""
         if embedding.shape[1] != self._decoder.hidden_size or embedding.dtype != self.dtype:
             raise ValueError("the embedding table does not fit the decoder")
-        self._embedding = embedding.detach().contiguous()
-        self._decoder.embedding = self._embedding.data_ptr()
-        self._decoder.embedding_rows = self._embedding.shape[0]
+        with self._lock:
+            self._embedding = embedding.detach().contiguous()
+            self._decoder.embedding = self._embedding.data_ptr()
+            self._decoder.embedding_rows = self._embedding.shape[0]
 
     def set_rope(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Rope tables [max_positions, rotary_dim], the second half of a row belonging to the rotated half."""
@@ -242,8 +243,6 @@ class FusedDecoder:
         Raises:
             ValueError: the batch does not fit together, an id is outside the vocabulary, a page outside the pool.
         """
-        lib = fused_library()
-        assert lib is not None
         positions, slot_mapping = _flat(positions, torch.int64), _flat(slot_mapping, torch.int64)
         seq_lens, query_start_loc = _flat(seq_lens, torch.int32), _flat(query_start_loc, torch.int32)
         logits_indices, page_table = _flat(logits_indices, torch.int64), page_table.to(torch.int32)
@@ -255,33 +254,35 @@ class FusedDecoder:
         ):  # fmt: skip
             raise ValueError("input_ids, positions, slot_mapping, page_table, seq_lens and query_start_loc do not fit")
         logits = torch.empty(logits_indices.shape[0], self._decoder.vocab_size)
+        batch = Batch(
+            num_tokens=num_tokens,
+            num_seqs=num_seqs,
+            num_logits=logits_indices.shape[0],
+            page_table_stride=page_table.stride(0) if num_seqs > 1 else page_table.shape[1],
+            input_ids=start.data_ptr() if inputs_embeds is None else None,
+            hidden=None if inputs_embeds is None else start.data_ptr(),
+            positions=positions.data_ptr(),
+            slot_mapping=slot_mapping.data_ptr(),
+            page_table=page_table.data_ptr(),
+            seq_lens=seq_lens.data_ptr(),
+            query_start_loc=query_start_loc.data_ptr(),
+            logits_indices=logits_indices.data_ptr(),
+            logits=logits.data_ptr(),
+            num_threads=torch.get_num_threads() if num_threads is None else num_threads,
+        )
+        self._run(batch, k_pages, v_pages)
+        return logits
+
+    def _run(self, batch: Batch, k_pages: Sequence[torch.Tensor], v_pages: Sequence[torch.Tensor]) -> None:
+        lib = fused_library()
+        assert lib is not None
         with self._lock:
-            k_pointers, v_pointers, num_pages = self._page_pointers(k_pages, v_pages)
-            batch = Batch(
-                num_tokens=num_tokens,
-                num_seqs=num_seqs,
-                num_logits=logits_indices.shape[0],
-                num_pages=num_pages,
-                page_table_stride=page_table.stride(0) if num_seqs > 1 else page_table.shape[1],
-                input_ids=start.data_ptr() if inputs_embeds is None else None,
-                hidden=None if inputs_embeds is None else start.data_ptr(),
-                positions=positions.data_ptr(),
-                slot_mapping=slot_mapping.data_ptr(),
-                page_table=page_table.data_ptr(),
-                seq_lens=seq_lens.data_ptr(),
-                query_start_loc=query_start_loc.data_ptr(),
-                logits_indices=logits_indices.data_ptr(),
-                k_pages=k_pointers,
-                v_pages=v_pointers,
-                logits=logits.data_ptr(),
-                num_threads=torch.get_num_threads() if num_threads is None else num_threads,
-            )
+            batch.k_pages, batch.v_pages, batch.num_pages = self._page_pointers(k_pages, v_pages)
             error = lib.hfa_decoder_forward(ctypes.byref(self._decoder), ctypes.byref(batch))
         if error == 5:
-            raise MemoryError(f"no memory for a step of {num_tokens} tokens")
+            raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens")
         if error:
             raise ValueError(_ERRORS[error])
-        return logits
 
     def _page_pointers(self, k_pages: Sequence[torch.Tensor], v_pages: Sequence[torch.Tensor]) -> tuple[int, int, int]:
         """Addresses of the pointer arrays [num_layers] for keys and values, and the number of pages."""
@@ -304,7 +305,7 @@ class FusedDecoder:
 
 
 def _flat(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return t.to(dtype).contiguous()
+    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
 
 
 def _check_shapes(

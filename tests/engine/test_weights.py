@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -289,10 +290,13 @@ def test_old_storage_is_freed_when_weights_are_replaced(tiny_llama):
     assert old() is None and old_parameter() is None
 
 
-def test_optimizer_hook_is_installed_once_and_removed_with_the_last_tracker(tiny_llama):
+def test_optimizer_hook_is_installed_once_and_removed_with_the_last_tracker(tiny_llama, request):
     from torch.optim import optimizer
 
     gc.collect()
+    for other in list(weights._TRACKERS):  # of engines that other tests still hold
+        weights._unwatch_optimizers(other)
+        request.addfinalizer(functools.partial(weights._watch_optimizers, other))
     WeightTracker(tiny_llama).close()
     assert weights._after_optimizer_step not in optimizer._global_optimizer_post_hooks.values()
     first, second = WeightTracker(tiny_llama), WeightTracker(tiny_llama)

@@ -1,0 +1,102 @@
+"""The benchmarks run: definitions add up, every arm does the tiny model's workloads, the outputs agree, the CSV holds them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _repository_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    if str(ROOT) not in sys.path:
+        monkeypatch.syspath_prepend(str(ROOT))
+
+
+def _corpus() -> list[int]:
+    from random import Random
+
+    draw = Random(5)
+    return [draw.randrange(3, 30000) for _ in range(8000)]
+
+
+def test_workloads_are_as_described() -> None:
+    from benchmarks import workloads
+
+    made = {name: workloads.make(name, _corpus(), 2048) for name in workloads.NAMES}
+    assert made == {name: workloads.make(name, _corpus(), 2048) for name in workloads.NAMES}  # seeded
+    assert [len(stage) for stage in made["tree_of_thought"].stages] == [2, 4, 8, 16]
+    assert made["self_consistency"].num_generated_tokens == 8 * 48
+    assert made["multi_turn"].lengths()[-1] == (3 * (48 + 32) + 48, 32)
+    lengths = made["random_lengths"].lengths()
+    assert len(lengths) == 32 and all(16 <= n <= 128 for pair in lengths for n in pair)
+
+
+def test_ideal_hit_rates() -> None:
+    from benchmarks import workloads
+
+    def ideal(name: str, page_size: int = 1) -> float:
+        return workloads.make(name, _corpus(), 2048).ideal_hit_rate(page_size)
+
+    assert ideal("single_stream") == 0
+    assert ideal("shared_prefix") == pytest.approx(15 * 1024 / (16 * 1056), abs=1e-3)
+    assert ideal("self_consistency") == pytest.approx(7 * 511 / (8 * 512))
+    assert ideal("self_consistency", 16) == pytest.approx(7 * 496 / (8 * 512))
+    # turn t has 80 t + 48 prompt tokens, of which all but the last token generated before were computed
+    assert ideal("multi_turn") == pytest.approx(sum(80 * t - 1 for t in (1, 2, 3)) / sum(80 * t + 48 for t in range(4)))
+
+
+def test_quick_run_compares_every_arm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import arms, results, side_by_side
+
+    path = tmp_path / "quick.csv"
+    monkeypatch.setattr(arms, "THREAD_START_SECONDS", 0.05)
+    names = ["multi_turn", "self_consistency"]
+    options = ["--quick", "--strict", "--dtypes", "fp32", "--csv", str(path), "--arms", *arms.NAMES, "--readme"]
+    assert side_by_side.main([*options, "--workloads", *names]) == 0
+    rows = results.read(path)
+    assert [(r["workload"], r["arm"]) for r in rows] == [(w, a) for w in names for a in arms.NAMES]
+    for row in rows:
+        assert row["num_tokens"] == row["num_tokens_wanted"] and row["capped"] == "0" and row["num_fallbacks"] == "0"
+        assert float(row["tokens_per_second"]) > 0
+        if row["workload"] != "self_consistency":
+            assert float(row["equal_outputs"]) == 1
+    ours = {r["workload"]: r for r in rows if r["arm"] == "hf_accel"}
+    assert float(ours["multi_turn"]["hit_rate"]) == pytest.approx(
+        float(ours["multi_turn"]["ideal_hit_rate_of_pages"]), abs=1e-3
+    )
+    assert "| multi turn | tiny | fp32 |" in capsys.readouterr().out
+    results.update([{**rows[0], "load": "9"}], path)
+    assert results.read(path) == [{**rows[0], "load": "9"}, *rows[1:]]  # replaced in place, not added
+
+
+def test_a_failing_arm_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import arms, side_by_side
+
+    def broken(self: object) -> None:
+        raise RuntimeError("no tokens today")
+
+    monkeypatch.setattr(arms.GeneratePadded, "run", broken)
+    options = ["--quick", "--dtypes", "fp32", "--csv", str(tmp_path / "q.csv"), "--workloads", "single_stream"]
+    assert side_by_side.main(options) == 1
+    assert "no tokens today" in capsys.readouterr().err
+
+
+def test_profile_accounts_for_the_step(tmp_path: Path) -> None:
+    from benchmarks import models, profile_step
+
+    bench = models.load("tiny", torch.float32)
+    seconds = profile_step.profile_engine(bench, batch=2, prompt=8, new_tokens=12, rounds=1)
+    assert set(profile_step.PARTS) <= set(seconds)
+    assert seconds["forward"] + seconds["native"] > 0 and seconds["plain_step"] > 0
+    assert "HF generate" in profile_step.table(
+        {"model": "tiny", "dtype": "fp32", "batch": 2}, {**seconds, "generate": 1.0}
+    )
