@@ -219,5 +219,3 @@ def test_sampling_follows_the_models_distribution(model):
     [output] = engine.generate([ids], SamplingParams(n=2000, seed=0, max_tokens=1, temperature=0.5))
     counts = torch.bincount(torch.tensor([o.token_ids[0] for o in output.outputs]), minlength=256) / 2000
     assert float((counts - probs).abs().max()) < 0.05
-
-
