@@ -29,24 +29,13 @@ from transformers.utils import logging as transformers_logging
 
 import hf_accel
 from benchmarks import models, results
+from benchmarks.results import PROFILE_PARTS as PARTS
 from benchmarks.side_by_side import DTYPES
 from hf_accel.engine.engine import Engine
 from hf_accel_kernels.cpu.abi import fused_library
 
-CSV_PATH = results.CSV_PATH.with_name("profile_step.csv")
+CSV_PATH = results.PROFILE_CSV_PATH
 KEY = ("model", "dtype", "batch", "part")
-PARTS = {
-    "schedule": "scheduler: choose requests, take pages",
-    "build": "batch build: page table, positions, slots",
-    "native": "forward: inside the C++ step",
-    "forward": "forward: the rest of it (all, without the C++ step)",
-    "sample": "sampling",
-    "execute": "executor: the rest",
-    "update": "scheduler: append tokens, finish",
-    "on_step": "outputs",
-    "step": "step loop: the rest (locks, clocks)",
-    "between": "between steps: the caller's condition",
-}
 INSIDE = {
     "native": "forward",
     "sample": "execute",
@@ -204,15 +193,12 @@ def table(case: dict[str, Any], seconds: dict[str, float]) -> str:
     total = sum(seconds[part] for part in PARTS)
     lines = [f"\n{case['model']} {case['dtype']}, {case['batch']} row(s): microseconds of a decode step"]
     lines += [f"  {PARTS[p]:<52}{1e6 * seconds[p]:>10.1f}{100 * seconds[p] / total:>8.1f} %" for p in PARTS]
-    model, plain = seconds["native"] or seconds["forward"], seconds["plain_step"]
+    host = total - (seconds["native"] or seconds["forward"])
     lines.append(f"  {'whole step':<52}{1e6 * total:>10.1f}")
-    lines.append(f"  {'whole step, not wrapped (long call - short call)':<52}{1e6 * plain:>10.1f}")
-    lines.append(
-        f"  {'host: the unwrapped step without the model':<52}{1e6 * (plain - model):>10.1f}{100 - 100 * model / plain:>8.1f} %"
-    )
-    lines.append(
-        f"  {'HF generate, one step':<52}{1e6 * seconds['generate']:>10.1f}{seconds['generate'] / plain:>8.2f} x"
-    )
+    lines.append(f"  {'host: all but the model':<52}{1e6 * host:>10.1f}{100 * host / total:>8.1f} %")
+    lines.append(f"  {'a step that nothing watches (long - short call)':<52}{1e6 * seconds['plain_step']:>10.1f}")
+    ratio = seconds["generate"] / seconds["plain_step"]
+    lines.append(f"  {'HF generate, one step':<52}{1e6 * seconds['generate']:>10.1f}{ratio:>8.2f} x")
     lines.append(f"  {'once a call: weights checked, pool awake':<52}{1e6 * seconds['begin_call']:>10.1f}")
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ from hf_accel.config import EngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV_PATH = ROOT / "benchmarks" / "results" / "side_by_side.csv"
+PROFILE_CSV_PATH = CSV_PATH.with_name("profile_step.csv")
 KEY = ("workload", "model", "dtype", "device", "arm")
 BASELINES = ("generate", "generate_batch_padded", "generate_batch")
 COLUMNS = (
@@ -49,6 +50,20 @@ COLUMNS = (
     "git_sha",
     "command",
 )
+
+PROFILE_PARTS = {
+    "schedule": "scheduler: choose requests, take pages",
+    "build": "batch build: page table, positions, slots",
+    "native": "forward: inside the C++ step",
+    "forward": "forward: the rest of it (all, without the C++ step)",
+    "sample": "sampling",
+    "execute": "executor: the rest",
+    "update": "scheduler: append tokens, finish",
+    "on_step": "outputs",
+    "step": "step loop: the rest (locks, clocks)",
+    "between": "between steps: the caller's condition",
+}
+"""Parts of a decode step in `profile_step.csv`, in order; each is timed without the parts inside it."""
 
 
 @dataclass
