@@ -45,6 +45,12 @@ def snapshot(model) -> dict:
     }
 
 
+@pytest.fixture(autouse=True)
+def _no_models_of_other_tests() -> None:
+    gc.collect()
+    assert not patch_module._patched
+
+
 # -- patch and unpatch --
 
 
