@@ -74,6 +74,8 @@ class PackedLinears:
             shape = (packed.num_columns, packed.depth)
             if module is not ref() or tuple(module.weight.shape) != shape or module.weight.dtype != packed.dtype:
                 return False
+            if packed.with_bias != (module.bias is not None):
+                return False
             packed.repack(0, module.weight, module.bias)
         return True
 
