@@ -68,7 +68,12 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     demo.add_argument("--max-new-tokens", type=_positive, default=48, metavar="N", help="for each prompt (default 48)")
     demo.add_argument("--num-prompts", type=_positive, default=16, metavar="N", help="for each workload (default 16)")
-    demo.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's own choice)")
+    demo.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="CPU threads (default: 1 for the shipped model, which is too small for more; torch's own choice for others)",
+    )
     demo.add_argument("--seed", type=int, default=0, help="picks the prompts (default 0)")
 
 

@@ -95,8 +95,9 @@ class Comparison:
 def main(options: DemoOptions) -> int:
     """Run the demo and print it; 0 if every token is the reference's (or, below float32, differs at near ties only)."""
     transformers_logging.set_verbosity_error()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    threads = options.threads or (1 if options.model is None else None)  # the shipped model is too small for more
+    if threads:
+        torch.set_num_threads(threads)
     model, tokenizer = load(options.model, getattr(torch, options.dtype))
     print(report.heading(options.model, model))
     results = compare(model, tokenizer, options)

@@ -12,7 +12,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
@@ -53,7 +53,10 @@ class EngineCore:
         self.busy_seconds = 0.0
         self._on_tokens = on_tokens
         self._ids = itertools.count() if ids is None else ids
-        self._condition = threading.Condition(threading.RLock())
+        self._lock = (
+            threading.RLock()
+        )  # entered itself: Ctrl-C may fall inside a Condition's own __enter__, not in a lock's
+        self._condition = threading.Condition(self._lock)
         self._stepper: int | None = None  # the thread that runs a step now
         self._num_visitors = 0  # threads that wait for the gap between two steps
         self._held_logits: dict[int, torch.Tensor] = {}
@@ -65,7 +68,7 @@ class EngineCore:
 
     def add(self, make_request: Callable[[int], Request]) -> Request:
         """Queue the request that `make_request(request_id)` builds."""
-        with interrupts_deferred(), self._condition:
+        with interrupts_deferred(), self._lock:
             request = make_request(next(self._ids))
             self.requests[request.request_id] = request
             self.scheduler.add(request)
@@ -73,7 +76,7 @@ class EngineCore:
 
     def release(self, requests: Sequence[Request]) -> None:
         """Forget requests; those still going are aborted and give their pages back."""
-        with interrupts_deferred(), self._condition:
+        with interrupts_deferred(), self._lock:
             for request in requests:
                 self.scheduler.finish(request, RequestStatus.ABORTED, "abort")
                 self.requests.pop(request.request_id, None)
@@ -82,7 +85,7 @@ class EngineCore:
 
     def finish(self, request: Request, status: RequestStatus, reason: str, error: BaseException | None = None) -> None:
         """End a request early (a stop string, an abort, a failure of its own); ended ones are left as they are."""
-        with interrupts_deferred(), self._condition:
+        with interrupts_deferred(), self._lock:
             self.scheduler.finish(request, status, reason, error)
             self._condition.notify_all()
 
@@ -90,7 +93,7 @@ class EngineCore:
 
     def drive(self, done: Callable[[], bool]) -> None:
         """Run steps, or let another thread run them, until `done()` (called under the lock) says so."""
-        with self._condition:
+        with self._lock:
             self._refuse_own_step()
             while not done():
                 if self._stepper is not None or self._num_visitors:
@@ -104,7 +107,7 @@ class EngineCore:
 
     def step(self) -> bool:
         """Run one step if there is work and nobody else is stepping; says whether it ran."""
-        with self._condition:
+        with self._lock:
             self._refuse_own_step()
             if self._stepper is not None or self._num_visitors or not self.scheduler.has_work:
                 return False
@@ -114,7 +117,7 @@ class EngineCore:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the engine between steps, for what must not happen during one."""
-        with self._condition:
+        with interrupts_deferred(), self._lock:
             self._refuse_own_step()
             self._num_visitors += 1  # whoever drives lets visitors in before its next step
             try:
@@ -126,9 +129,9 @@ class EngineCore:
                 self._condition.notify_all()
 
     @property
-    def lock(self) -> threading.Condition:
+    def lock(self) -> AbstractContextManager[object]:
         """Guards every request and the scheduler."""
-        return self._condition
+        return self._lock
 
     # ---- rows sampled by their caller --------------------------------------------------------------------------
 
@@ -140,24 +143,26 @@ class EngineCore:
             The row's own error if one of them failed.
         """
         self.drive(lambda: all(row.awaiting_token or row.status.ended for row in rows))
-        with self._condition:
-            for row in rows:
-                if row.error is not None:
-                    raise row.error
-            if any(row.status.ended for row in rows):
-                raise RuntimeError("the request was aborted by another thread")
-            logits = [self._held_logits[row.request_id] for row in rows]
-            self._num_sampling += 1
+        sampling = False
         try:
+            with self._lock:
+                for row in rows:
+                    if row.error is not None:
+                        raise row.error
+                if any(row.status.ended for row in rows):
+                    raise RuntimeError("the request was aborted by another thread")
+                logits = [self._held_logits[row.request_id] for row in rows]
+                self._num_sampling += 1
+                sampling = True
             yield logits
         finally:
-            with self._condition:
-                self._num_sampling -= 1
+            with interrupts_deferred(), self._lock:
+                self._num_sampling -= sampling
                 self._condition.notify_all()
 
     def feed(self, rows: Sequence[Request], token_ids: Sequence[int]) -> None:
         """Give each row the token that its caller chose."""
-        with interrupts_deferred(), self._condition:
+        with interrupts_deferred(), self._lock:
             for row, token_id in zip(rows, token_ids, strict=True):
                 self._held_logits.pop(row.request_id, None)
                 self.scheduler.append_token(row, token_id)
@@ -255,8 +260,8 @@ class EngineCore:
 
     @contextmanager
     def _unlocked(self) -> Iterator[None]:
-        self._condition.release()
+        self._lock.release()
         try:
             yield
         finally:
-            self._condition.acquire()
+            self._lock.acquire()

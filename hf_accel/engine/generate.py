@@ -59,11 +59,7 @@ def sample(
             **model_kwargs,
         )
 
-    reason = (
-        model_reason(model)
-        or call_reason(input_ids, generation_config, synced_gpus, model_kwargs)
-        or window_reason(engine.core.executor.runner.spec, model_kwargs.get("attention_mask"))
-    )
+    reason = _call_reason(engine, model, input_ids, generation_config, synced_gpus, model_kwargs)
     if reason:
         return fall_back(reason)
     namespace = engine.begin_call()
@@ -93,6 +89,26 @@ def sample(
         return GenerateDecoderOnlyOutput(past_key_values=cache, **result)
     finally:
         engine.close_rows(call.rows)
+
+
+def _call_reason(
+    engine: Engine,
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    config: GenerationConfig,
+    synced_gpus: bool,
+    model_kwargs: dict[str, Any],
+) -> str:
+    """Why the original must serve this call; "" when the engine can."""
+    reason = (
+        model_reason(model)
+        or call_reason(input_ids, config, synced_gpus, model_kwargs)
+        or window_reason(engine.core.executor.runner.spec, model_kwargs.get("attention_mask"))
+    )
+    if reason or config.compile_config is None:
+        return reason
+    compiles = model._valid_auto_compile_criteria(model_kwargs, config)  # gives HF's warning where it does not
+    return "compile_config" if compiles else ""
 
 
 class _Call:

@@ -78,6 +78,8 @@ def _make_attention(original: str | None) -> Callable[..., tuple[torch.Tensor, t
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             function = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
             return function(module, query, key, value, attention_mask, *args, **kwargs)
+        if original == "sdpa":  # it has no soft cap: older transformers leave it out, newer ones refuse
+            kwargs.pop("softcap", None)
         scaling = kwargs.pop("scaling", None)
         return forward_batch.attend(module, query, key, value, scaling, kwargs), None
 

@@ -108,9 +108,15 @@ def constants(model: nn.Module) -> tuple[Any, ...]:
     rope = model.model.rotary_emb
     scales = (model.model.embedding_multiplier, config.logits_scaling) if family.multipliers else (1.0, 1.0)
     return (
-        tuple(layers), tuple(layer_windows(model, family)), scales, model.model.norm.variance_epsilon,
+        tuple(layers), tuple(layer_windows(model, family)), _linear_shapes(model), scales, model.model.norm.variance_epsilon,
         rope.rope_type, rope.attention_scaling, id(rope.inv_freq), rope.inv_freq._version,
     )  # fmt: skip
+
+
+def _linear_shapes(model: nn.Module) -> tuple[Any, ...]:
+    """Shape of each linear, and whether it has a bias."""
+    linears = (module for module in model.modules() if type(module) is nn.Linear)
+    return tuple((linear.weight.shape, linear.bias is not None) for linear in linears)
 
 
 def why_touched(modules: Iterator[nn.Module]) -> str:
@@ -239,6 +245,8 @@ def _why_not_constants(model: nn.Module, family: Family) -> str:
     layers = decoder_layers(model)
     if not layers:
         return "the model has no layers"
+    if len({_linear_shapes(layer) for layer in layers}) > 1:
+        return "the layers' sizes differ"
     if family.multipliers and len({layer.residual_multiplier for layer in layers}) > 1:
         return "the residual multiplier differs by layer"
     norms = [module for module in model.modules() if hasattr(module, "variance_epsilon")]

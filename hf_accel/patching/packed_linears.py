@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -42,16 +43,17 @@ class PackedLinears:
     """The packed copies of one model's plain linears.
 
     Args:
-        model: whose linears; held module by module, as its engine holds it, and never changed outside a step.
+        model: whose linears; held weakly, and never changed outside a step.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._packed: list[tuple[nn.Linear, PackedLinear, Callable[[torch.Tensor], torch.Tensor]]] = []
+        self._packed: list[tuple[weakref.ref[nn.Module], PackedLinear, Callable[[torch.Tensor], torch.Tensor]]] = []
         for module in model.modules():
             if is_plain_linear(module):
                 assert isinstance(module, nn.Linear)
                 packed = PackedLinear([module.weight], [module.bias])
-                self._packed.append((module, packed, _make_forward(module, packed)))
+                ref = weakref.ref(module)  # a hook on it may lead back to the model
+                self._packed.append((ref, packed, _make_forward(ref, packed)))
 
     @staticmethod
     def why_not() -> str:
@@ -68,16 +70,20 @@ class PackedLinears:
         modules = [m for m in model.modules() if is_plain_linear(m)]
         if len(modules) != len(self._packed):
             return False
-        for module, (known, packed, _) in zip(modules, self._packed, strict=True):
-            if module is not known or module.weight.shape != known.weight.shape or module.weight.dtype != packed.dtype:
+        for module, (ref, packed, _) in zip(modules, self._packed, strict=True):
+            shape = (packed.num_columns, packed.depth)
+            if module is not ref() or tuple(module.weight.shape) != shape or module.weight.dtype != packed.dtype:
                 return False
-            packed.repack(0, known.weight, known.bias)
+            if packed.with_bias != (module.bias is not None):
+                return False
+            packed.repack(0, module.weight, module.bias)
         return True
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
         """While open, and in this thread, the linears run packed. One that got a `forward` of its own is left alone."""
-        taken = [(module, forward) for module, _, forward in self._packed if "forward" not in module.__dict__]
+        linears = [(ref(), forward) for ref, _, forward in self._packed]
+        taken = [(m, forward) for m, forward in linears if type(m) is nn.Linear and "forward" not in m.__dict__]
         for module, forward in taken:
             module.__dict__["forward"] = forward
         _step.active = True
@@ -90,12 +96,14 @@ class PackedLinears:
                     del module.__dict__["forward"]
 
 
-def _make_forward(module: nn.Linear, packed: PackedLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+def _make_forward(ref: weakref.ref[nn.Module], packed: PackedLinear) -> Callable[[torch.Tensor], torch.Tensor]:
     rows, depth = packed.num_columns, packed.depth
 
     def forward(input: torch.Tensor) -> torch.Tensor:
         in_step = getattr(_step, "active", False) and not torch.is_grad_enabled()
         if not in_step or input.dtype != packed.dtype or input.device.type != "cpu" or not input.numel():
+            module = ref()
+            assert isinstance(module, nn.Linear), "a module runs its forward, so it is there"
             return F.linear(input, module.weight, module.bias)
         return packed_linear(input.reshape(-1, depth), packed).view(*input.shape[:-1], rows)
 

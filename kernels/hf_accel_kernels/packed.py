@@ -40,8 +40,8 @@ class PackedLinear:
         self.rows = [w.shape[0] for w in weights]
         self.num_columns, self.depth = sum(self.rows), first.shape[1]
         biases = [None] * len(weights) if biases is None else biases
-        with_bias = any(bias is not None for bias in biases)
-        handle = lib.hfa_packed_create(self.num_columns, self.depth, DTYPES[self.dtype], with_bias)
+        self.with_bias = any(bias is not None for bias in biases)
+        handle = lib.hfa_packed_create(self.num_columns, self.depth, DTYPES[self.dtype], self.with_bias)
         if not handle:
             raise MemoryError(f"no memory for a packed weight of {self.num_columns} x {self.depth}")
         self.handle: int = handle
@@ -60,7 +60,7 @@ class PackedLinear:
         """Copy weight number `index` (and its bias) again, in place.
 
         Raises:
-            ValueError: the shape or dtype is not the one packed before.
+            ValueError: the shape or dtype is not the one packed before, or there is a bias and was none.
         """
         lib = fused_library()
         assert lib is not None
@@ -69,6 +69,8 @@ class PackedLinear:
                 f"expected a weight of shape {(self.rows[index], self.depth)} and {self.dtype}, "
                 f"got {tuple(weight.shape)} and {weight.dtype}"
             )
+        if bias is not None and not self.with_bias:
+            raise ValueError("packed without a bias: pack the linear anew")
         weight = weight.detach()
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         bias = None if bias is None else bias.detach().to(self.dtype).contiguous()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
@@ -35,7 +36,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="aa"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="aa", eos_token="ca")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="aa", bos_token="ba", eos_token="ca")
 
 
 class RisingBias(LogitsProcessor):
@@ -101,6 +102,10 @@ LENGTHS: dict[str, Case] = {
     "prefill_chunk_size": greedy(prefill_chunk_size=4),
     "cache_dynamic": greedy(cache_implementation="dynamic"),
     "disable_compile": greedy(disable_compile=True),
+    "compile_config": fresh(lambda: {"compile_config": CompileConfig()}),
+    "max_cache_len": greedy(max_cache_len=64),
+    "past_the_models_positions": greedy(max_new_tokens=245),
+    "no_mask_given": greedy(attention_mask=None),
     "logits_to_keep": greedy(logits_to_keep=1),
     "position_ids_as_hfs": fresh(lambda: {"position_ids": _hf_position_ids()}),
 }  # fmt: skip
@@ -160,6 +165,7 @@ PROCESSORS: dict[str, Case] = {
     "user_criteria_no_scores": fresh(lambda: {"stopping_criteria": [SeesScores()]}),
     "stop_strings": fresh(lambda: {"stop_strings": ["ba", "efg", "h"], "tokenizer": make_tokenizer()}),
     "stop_string_sampled": fresh(lambda: {"stop_strings": "k", "tokenizer": make_tokenizer()}, sampled()),
+    "token_healing": fresh(lambda: {"token_healing": True, "tokenizer": make_tokenizer()}),
     "several": greedy(repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=5, eos_token_id=EOS),
 }  # fmt: skip
 
@@ -186,6 +192,15 @@ FALLBACKS: dict[str, tuple[str, Case]] = {
     "static_cache": ("cache_implementation='static'", greedy(cache_implementation="static")),
     "position_ids": ("position_ids given by the caller", fresh(lambda: {"position_ids": _hf_position_ids() + 3})),
     "inputs_embeds": ("model argument", fresh(lambda: {"inputs_embeds": _embeds()})),
+    "negative_prompt": (
+        "guidance_scale",
+        fresh(lambda: {"guidance_scale": 1.3, "negative_prompt_ids": torch.full((3, 17), 9)}),
+    ),
+    "sliding_cache": ("cache_implementation='sliding_window'", greedy(cache_implementation="sliding_window")),
+    "no_end_in_sight": (
+        "does not fit in the KV pool",
+        greedy(max_new_tokens=100_000, eos_token_id=list(range(3, 256, 2))),
+    ),
     "user_cache": ("past_key_values given by the caller", fresh(lambda: {"past_key_values": DynamicCache()})),
     "user_cache_dict": (
         "past_key_values given by the caller",
@@ -202,6 +217,9 @@ ELSEWHERE: dict[str, Case] = {
 """Calls that HF serves by other methods: they never arrive, and are not counted."""
 
 ERRORS: dict[str, Case] = {
+    "synced_gpus_without_a_group": greedy(synced_gpus=True),
+    "four_dimensional_mask": fresh(lambda: {"attention_mask": torch.ones(3, 1, 17, 17, dtype=torch.bool).tril()}),
+    "token_type_ids": fresh(lambda: {"token_type_ids": torch.zeros(3, 17, dtype=torch.long)}),
     "greedy_num_return_sequences": greedy(num_return_sequences=2),
     "unknown_argument": greedy(no_such_argument=1),
     "max_new_tokens_0": greedy(max_new_tokens=0),

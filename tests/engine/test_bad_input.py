@@ -30,6 +30,7 @@ def patched(tiny_llama, assert_idle):
     hf_accel.patch(tiny_llama, **CONFIG)
     yield tiny_llama
     assert_idle(hf_accel.get_engine(tiny_llama))
+    hf_accel.unpatch(tiny_llama)
 
 
 BAD_PROMPTS = {

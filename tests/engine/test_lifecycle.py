@@ -42,8 +42,13 @@ def snapshot(model) -> dict:
         "hooks": {n: (list(m._forward_hooks), list(m._forward_pre_hooks)) for n, m in model.named_modules()},
         "config": model.config.to_dict() | {"attention": model.config._attn_implementation},
         "generation_config": model.generation_config.to_dict(),
-        "optimizer_hooks": len(_global_optimizer_post_hooks),
     }
+
+
+@pytest.fixture(autouse=True)
+def _no_models_of_other_tests() -> None:
+    gc.collect()
+    assert not patch_module._patched
 
 
 # -- patch and unpatch --
@@ -53,7 +58,7 @@ def test_unpatch_leaves_no_trace(tiny_llama):
     tiny_llama.model.norm.register_forward_hook(lambda *args: None)
     before = snapshot(tiny_llama)
     logits = tiny_llama(PROMPT).logits
-    random_state = torch.get_rng_state()
+    random_state, num_optimizer_hooks = torch.get_rng_state(), len(_global_optimizer_post_hooks)
     assert hf_accel.patch(tiny_llama, **CONFIG) is tiny_llama
     patched = snapshot(tiny_llama)
     assert {k for k in patched if patched[k] != before[k]} == {"classes"}
@@ -64,6 +69,7 @@ def test_unpatch_leaves_no_trace(tiny_llama):
     assert torch.equal(torch.get_rng_state(), random_state)
     assert hf_accel.unpatch(tiny_llama) is tiny_llama
     assert snapshot(tiny_llama) == before
+    assert len(_global_optimizer_post_hooks) <= num_optimizer_hooks
     assert torch.equal(tiny_llama(PROMPT).logits, logits)
     assert not hooks._instances
     assert hf_accel.unpatch(tiny_llama) is tiny_llama  # again is fine

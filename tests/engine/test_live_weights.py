@@ -165,6 +165,23 @@ def replace_linear_by_a_subclass(model):
     model.model.layers[0].mlp.up_proj = Doubled(64, 128, bias=False)
 
 
+def add_biases(model):
+    model.model.layers[0].mlp.up_proj.bias = nn.Parameter(torch.randn(128))
+    model.lm_head.bias = nn.Parameter(torch.randn(256))
+
+
+def smaller_mlp(model):
+    mlp = model.model.layers[1].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = nn.Parameter(linear.weight[:64] * 5)
+    mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, :64] * 5)
+
+
+def more_tokens(model):
+    model.resize_token_embeddings(300, mean_resizing=False)
+    model.lm_head.weight.data[256:] = model.lm_head.weight.data[:44] * 1.5
+
+
 def replace_norm_weight(model):
     model.model.norm.weight = nn.Parameter(torch.rand(64) * 3)
 
@@ -189,7 +206,7 @@ CHANGES = {
     for f in (
         data_add, data_add_one_matrix, data_assign, no_grad_write, inference_mode_write, load_state_dict,
         load_state_dict_assign, change_buffer, replace_buffer, replace_linear, replace_linear_by_a_subclass,
-        replace_norm_weight, replace_activation, prune_a_head_of_the_weights,
+        add_biases, smaller_mlp, more_tokens, replace_norm_weight, replace_activation, prune_a_head_of_the_weights,
     )
 }  # fmt: skip
 

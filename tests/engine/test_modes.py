@@ -286,13 +286,13 @@ def torchao_int8(model):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("change", [pack, subclass_weight, subclass_linear, dynamic_int8, torchao_int8])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "after", "after, own layers"])
 def test_linears_that_are_not_plain(tiny_llama, change, when):
     before = tokens(tiny_llama)
-    if when == "after":
-        hf_accel.patch(tiny_llama, **CONFIG)
+    if when != "before":
+        hf_accel.patch(tiny_llama, fused=when == "after", **CONFIG)
         assert tokens(tiny_llama) == before
-        assert hf_accel.get_engine(tiny_llama).core.executor.runner.fused
+        assert hf_accel.get_engine(tiny_llama).core.executor.runner.fused == (when == "after")
     change(tiny_llama)
     expected = hf_tokens(tiny_llama)
     if when == "before":

@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 import hf_accel
 from hf_accel import SamplingParams
-from hf_accel.config import FaultInjection
 
-CONFIG: dict[str, Any] = {"num_pages": 512, "page_size": 8, "faults": FaultInjection(check_integrity=True)}
-JOIN_SECONDS = 120
-
-
-class Favour(LogitsProcessor):
-    """Adds to the logit that follows the last token, so that its history matters."""
-
-    def __call__(self, input_ids, scores):
-        scores = scores.clone()
-        scores[torch.arange(len(scores)), (input_ids[:, -1] + 1) % scores.shape[1]] += 2.0
-        return scores
-
-
-class Collect(BaseStreamer):
-    def __init__(self):
-        self.ids: list[int] = []
-
-    def put(self, value):
-        self.ids += value.reshape(-1).tolist()
-
-    def end(self):
-        self.ids.append(-1)
+from .callers import CONFIG, JOIN_SECONDS, mixed_jobs, prompt, run_together
 
 
 class Raise:
@@ -71,32 +47,6 @@ class RaisingCriterion(Raise, StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def prompt(seed: int, length: int, rows: int = 1) -> torch.Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def run_together(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Each job in its own thread, all at once; their results, or the exceptions they raised."""
-    results: list[Any] = [None] * len(jobs)
-    barrier = threading.Barrier(len(jobs))
-
-    def run(index: int) -> None:
-        barrier.wait()
-        try:
-            results[index] = jobs[index]()
-        except BaseException as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + JOIN_SECONDS
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    assert not any(thread.is_alive() for thread in threads), "a caller hangs"
-    return results
-
-
 @pytest.fixture(params=[True, False], ids=["fused", "own-layers"])
 def model(tiny_llama, request):
     hf_accel.patch(tiny_llama, fused=request.param, **CONFIG)
@@ -117,51 +67,6 @@ def batch_sizes(model, monkeypatch):
 
     monkeypatch.setattr(executor, "execute", recording)
     return sizes
-
-
-def mixed_jobs(model) -> list[Callable[[], Any]]:
-    """Callers of every kind, each deterministic whatever runs beside it."""
-    engine = hf_accel.get_engine(model)
-    greedy = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
-    padded = prompt(2, 21, rows=3)
-    mask = torch.ones_like(padded)
-    mask[1, :9] = mask[2, :4] = 0
-
-    def streamed_generate():
-        streamer = Collect()
-        model.generate(prompt(5, 13), streamer=streamer, **greedy)
-        return streamer.ids
-
-    def scores():
-        out = model.generate(prompt(6, 9), return_dict_in_generate=True, output_scores=True, **greedy)
-        return out.sequences.tolist()
-
-    def sampled(seed):
-        params = SamplingParams(temperature=0.9, top_p=0.9, seed=seed, max_tokens=20, n=3, repetition_penalty=1.1)
-        return [o.token_ids for o in engine.generate([prompt(seed, 12)[0]], params)[0].outputs]
-
-    def streamed(seed):
-        params = SamplingParams(temperature=0.7, top_k=20, seed=seed, max_tokens=24)
-        return [t for chunk in engine.stream(prompt(seed, 18)[0], params) for t in chunk.token_ids]
-
-    def scored():
-        prefix = prompt(9, 30)[0]
-        return [round(s.total, 3) for s in engine.score(prefix, [[1, 2, 3], [4], [5, 6, 7, 8, 9]])]
-
-    return [
-        lambda: model.generate(prompt(1, 33), **greedy).tolist(),
-        lambda: model.generate(padded, attention_mask=mask, **greedy).tolist(),
-        lambda: model.generate(prompt(3, 17), repetition_penalty=1.3, **greedy).tolist(),
-        lambda: model.generate(prompt(4, 8), logits_processor=LogitsProcessorList([Favour()]), **greedy).tolist(),
-        lambda: model.generate(prompt(4, 8), do_sample=True, top_k=1, max_new_tokens=19).tolist(),
-        streamed_generate,
-        scores,
-        lambda: sampled(7),
-        lambda: sampled(8),
-        lambda: streamed(10),
-        lambda: streamed(11),
-        scored,
-    ]
 
 
 def test_mixed_callers_get_their_solo_answers(model, batch_sizes, assert_idle):
@@ -191,6 +96,22 @@ def test_a_new_caller_does_not_wait_for_the_one_who_drives(model, batch_sizes):
     core_drive.join(JOIN_SECONDS)
     assert len(batch_sizes) >= 400
     assert num_steps_when_done < 200
+
+
+def test_two_threads_on_models_that_share_one_config_object(tiny_llama, assert_idle):
+    twin = type(tiny_llama)(tiny_llama.config).eval()
+    assert twin.config is tiny_llama.config
+    implementation = tiny_llama.config._attn_implementation
+    inputs = prompt(3, 20, rows=2)
+    options = {"do_sample": False, "max_new_tokens": 30}
+    expected = [m.generate(inputs, **options).tolist() for m in (tiny_llama, twin)]
+    for m in (tiny_llama, twin):
+        hf_accel.patch(m, fused=False, **CONFIG)
+    jobs = [lambda: tiny_llama.generate(inputs, **options).tolist(), lambda: twin.generate(inputs, **options).tolist()]
+    assert run_together(jobs * 4) == expected * 4
+    assert tiny_llama.config._attn_implementation == implementation
+    for m in (tiny_llama, twin):
+        assert_idle(hf_accel.get_engine(m))
 
 
 def failing(model, kind: str, error: BaseException) -> Callable[[], Any]:
@@ -294,50 +215,6 @@ def test_keyboard_interrupt_inside_a_step_of_one_caller(model, monkeypatch, asse
     assert_idle(engine)
 
 
-def test_a_stream_whose_reader_stops(model, assert_idle):
-    engine = hf_accel.get_engine(model)
-    jobs = mixed_jobs(model)
-    solo = [job() for job in jobs]
-    abandoned = []
-
-    def stop_reading():
-        stream = engine.stream(prompt(22, 10)[0], SamplingParams(temperature=0, max_tokens=300))
-        abandoned.append(stream)
-        return [next(stream).token_ids for _ in range(3)]
-
-    results = run_together([stop_reading, *jobs])
-    assert len(results[0]) == 3
-    assert results[1:] == solo
-    abandoned.pop().close()
-    assert_idle(engine)
-
-
-def test_a_stream_dropped_without_closing_is_aborted(model, assert_idle):
-    engine = hf_accel.get_engine(model)
-    stream = engine.stream(prompt(22, 10)[0], SamplingParams(temperature=0, max_tokens=300))
-    next(stream)
-    assert engine.stats().num_running == 1
-    del stream
-    assert_idle(engine)
-
-
-def test_chunks_are_complete_when_another_thread_drives(model, assert_idle):
-    engine = hf_accel.get_engine(model)
-    params = SamplingParams(temperature=0, max_tokens=30, n=2)
-    expected = [o.token_ids for o in engine.generate([prompt(23, 10)[0]], params)[0].outputs]
-
-    def read():
-        found: list[list[int]] = [[], []]
-        for chunk in engine.stream(prompt(23, 10)[0], params):
-            found[chunk.index] += chunk.token_ids
-            time.sleep(0.0005)  # the others step on meanwhile
-        return found
-
-    for _ in range(3):
-        assert run_together([read] * 8) == [expected] * 8
-    assert_idle(engine)
-
-
 class Poison:
     """A forward hook on the embedding that raises when the step holds the marked token."""
 
@@ -374,67 +251,3 @@ def test_a_hook_that_raises_fails_only_the_guilty_request(tiny_llama, assert_idl
     assert results == [p + e for p, e in zip(prompts, expected, strict=True)]
     assert poison.calls >= 2
     assert_idle(engine)
-
-
-def test_many_async_readers_and_one_that_is_cancelled(model, assert_idle):
-    engine = hf_accel.get_engine(model)
-    params = [SamplingParams(temperature=0.8, seed=s, max_tokens=25) for s in range(12)]
-    expected = [engine.generate([prompt(s, 10)[0]], params[s])[0].outputs[0].token_ids for s in range(12)]
-
-    async def read(s: int) -> list[int]:
-        return [t async for chunk in engine.astream(prompt(s, 10)[0], params[s]) for t in chunk.token_ids]
-
-    async def leave_early() -> None:
-        async for _ in engine.astream(prompt(30, 10)[0], SamplingParams(temperature=0, max_tokens=400)):
-            pass
-
-    async def main() -> list[list[int]]:
-        leaving = asyncio.create_task(leave_early())
-        reading = [asyncio.create_task(read(s)) for s in range(12)]
-        await asyncio.sleep(0.02)
-        leaving.cancel()
-        results = await asyncio.gather(*reading)
-        with pytest.raises(asyncio.CancelledError):
-            await leaving
-        return results
-
-    assert asyncio.run(main()) == expected
-    assert_idle(engine, patience=10)
-
-
-def test_the_event_loop_stays_free(model, batch_sizes):
-    engine = hf_accel.get_engine(model)
-
-    async def main() -> int:
-        ticks = 0
-
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                ticks += 1
-                await asyncio.sleep(0.001)
-
-        ticker = asyncio.create_task(tick())
-        stream = engine.astream(prompt(1, 10)[0], SamplingParams(temperature=0, max_tokens=60))
-        tokens = [t async for chunk in stream for t in chunk.token_ids]
-        ticker.cancel()
-        assert len(tokens) == 60
-        return ticks
-
-    assert asyncio.run(main()) > 20
-
-
-def test_two_threads_on_models_that_share_one_config_object(tiny_llama, assert_idle):
-    twin = type(tiny_llama)(tiny_llama.config).eval()
-    assert twin.config is tiny_llama.config
-    implementation = tiny_llama.config._attn_implementation
-    inputs = prompt(3, 20, rows=2)
-    options = {"do_sample": False, "max_new_tokens": 30}
-    expected = [m.generate(inputs, **options).tolist() for m in (tiny_llama, twin)]
-    for m in (tiny_llama, twin):
-        hf_accel.patch(m, fused=False, **CONFIG)
-    jobs = [lambda: tiny_llama.generate(inputs, **options).tolist(), lambda: twin.generate(inputs, **options).tolist()]
-    assert run_together(jobs * 4) == expected * 4
-    assert tiny_llama.config._attn_implementation == implementation
-    for m in (tiny_llama, twin):
-        assert_idle(hf_accel.get_engine(m))

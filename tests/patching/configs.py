@@ -53,6 +53,7 @@ _ROPE_LONG = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama_rope3": ("llama", {**_ROPE_LLAMA3, **_HEAD_DIM}),
+    "llama_eager": ("llama", {"attn_implementation": "eager"}),
     "llama_yarn": ("llama", _ROPE_YARN),
     "mistral": ("mistral", {"sliding_window": WINDOW, **_HEAD_DIM}),
     "ministral": ("ministral", {**_MIXED_WINDOW, **_HEAD_DIM}),
@@ -66,11 +67,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma2",
         {
             **_HEAD_DIM, **_MIXED_WINDOW, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 12.0,
+            "final_logit_softcapping": 12.0, "attn_implementation": "eager",
         },
     ),
+    "gemma2_default": ("gemma2", {**_HEAD_DIM, **_MIXED_WINDOW, "attn_logit_softcapping": 2.0}),
     "gemma3": ("gemma3_text", {**_HEAD_DIM, **_MIXED_WINDOW, "query_pre_attn_scalar": 20}),
-    "vaultgemma": ("vaultgemma", {**_HEAD_DIM, **_MIXED_WINDOW, "attn_logit_softcapping": 2.0}),
+    "vaultgemma": ("vaultgemma", {**_HEAD_DIM, **_MIXED_WINDOW, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"}),
     "phi": ("phi", _ROPE_PARTIAL),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
     "phi3_longrope": ("phi3", {**_ROPE_LONG, "head_dim": 24, "num_attention_heads": 4, "hidden_size": 96}),
@@ -118,11 +120,13 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
         overrides: configuration fields.
     """
     model_type, options = FAMILIES[family]
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **options, **overrides})
+    options = {**_COMMON, **options, **overrides}
+    implementation = options.pop("attn_implementation", None)
+    config = AutoConfig.for_model(model_type, **options)
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation_internal)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
         _scatter(model)
     finally:
         torch.set_rng_state(state)
