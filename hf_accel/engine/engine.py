@@ -81,7 +81,11 @@ class Engine(EngineHost):
         """
         params = params or SamplingParams()
         text, token_ids = self._prompts.read(prompt, input_ids, params)
-        namespace = (self.begin_request(), cache_salt)
+        return self._queue(text, token_ids, params, priority, (self.begin_request(), cache_salt))
+
+    def _queue(
+        self, text: str | None, token_ids: list[int], params: SamplingParams, priority: int, namespace: Hashable
+    ) -> int:
         with self.core.lock:
             group: OutputGroup | None = None
             for index in range(params.n):
@@ -147,14 +151,15 @@ class Engine(EngineHost):
             raise ValueError(
                 f"got {len(batch)} prompts but {len(each)} SamplingParams: give one, or one for each prompt"
             )
-        for prompt, one in zip(batch, each, strict=True):
-            self._prompts.read(prompt, None, one or SamplingParams())
+        each = [one or SamplingParams() for one in each]
+        read = [self._prompts.read(prompt, None, one) for prompt, one in zip(batch, each, strict=True)]
+        namespace = (self.begin_request(), None)
         ids: list[int] = []
         disable = (len(batch) <= 8 or None) if use_tqdm is None else not use_tqdm  # None: only on a terminal
         try:
             with tqdm(total=len(batch), disable=disable, desc="generate", unit="prompt") as bar:
-                for prompt, one in zip(batch, each, strict=True):
-                    ids.append(self.add_request(prompt, one))
+                for (text, token_ids), one in zip(read, each, strict=True):
+                    ids.append(self._queue(text, token_ids, one, 0, namespace))
                 groups = [self._groups[i] for i in ids]
                 num_done = 0
                 while num_done < len(groups):
