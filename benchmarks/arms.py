@@ -6,6 +6,7 @@ whole workload. Knows no clock, except the cap of the one-by-one arm.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ class ContinuousBatching(Arm):
         self._manager = self.model.init_continuous_batching(
             generation_config=config,
             continuous_batching_config=ContinuousBatchingConfig(
-                page_size=CB_PAGE_SIZE,
+                **{_page_size_option(): CB_PAGE_SIZE},
                 num_blocks=num_blocks,
                 max_batch_tokens=max_batch_tokens,
                 allow_block_sharing=True,
@@ -270,6 +271,12 @@ class HFAccelNoCache(HFAccel):
 
     name = "hf_accel_nocache"
     config: ClassVar[dict[str, Any]] = {"enable_prefix_cache": False}
+
+
+def _page_size_option() -> str:
+    """transformers renamed it between 5.17 and 5.23."""
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    return "page_size" if "page_size" in known else "block_size"
 
 
 ARMS: dict[str, type[Arm]] = {
