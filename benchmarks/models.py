@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 MODEL_SEED = 0
 CORPUS_SEED = 1
 NUM_CORPUS_TOKENS = 1 << 15
+
+_MLA_HEADS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}  # as released
 
 DIMENSIONS: dict[str, dict[str, Any]] = {
     "llama-100m": {
@@ -43,7 +45,47 @@ DIMENSIONS: dict[str, dict[str, Any]] = {
 Untied heads: a random tied model only repeats its last token, which would make equal outputs mean nothing.
 """
 
-NAMES = (*DIMENSIONS, "demo")
+MLA_DIMENSIONS: dict[str, dict[str, Any]] = {
+    "deepseek-v2-lite-3l": {
+        **_MLA_HEADS,
+        "model_type": "deepseek_v2",
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 256,
+        "first_k_dense_replace": 1,
+        "vocab_size": 8192,
+        "max_position_embeddings": 16384,
+    },
+    "deepseek-v3-3l": {
+        **_MLA_HEADS,
+        "model_type": "deepseek_v3",
+        "hidden_size": 768,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "q_lora_rank": 384,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 256,
+        "first_k_dense_replace": 1,
+        "vocab_size": 8192,
+        "max_position_embeddings": 16384,
+    },
+}
+"""DeepSeek models with the released heads, and fewer layers, narrower hidden states and experts; random weights."""
+
+NAMES = (*DIMENSIONS, *MLA_DIMENSIONS, "demo")
 
 
 @dataclass
@@ -80,10 +122,11 @@ def load(name: str, dtype: torch.dtype, device: str = "cpu") -> BenchmarkModel:
 
 
 def _random(name: str, dtype: torch.dtype) -> tuple[Any, list[int]]:
-    config = LlamaConfig(**DIMENSIONS[name], bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    dimensions = {"model_type": "llama", **(DIMENSIONS | MLA_DIMENSIONS)[name]}
+    config = AutoConfig.for_model(**dimensions, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(MODEL_SEED)
-        model = LlamaForCausalLM(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
     draw = random.Random(CORPUS_SEED)
     return model, [draw.randrange(3, config.vocab_size) for _ in range(NUM_CORPUS_TOKENS)]
 

@@ -170,12 +170,17 @@ def read(path: Path = CSV_PATH) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def update(rows: Sequence[dict[str, Any]], path: Path = CSV_PATH) -> None:
+def update(
+    rows: Sequence[dict[str, Any]],
+    path: Path = CSV_PATH,
+    key: Sequence[str] = KEY,
+    columns: Sequence[str] = COLUMNS,
+) -> None:
     """Put rows into the file, each in the place of the one with its key."""
-    table = {tuple(str(row[k]) for k in KEY): row for row in (*read(path), *rows)}
+    table = {tuple(str(row[k]) for k in key): row for row in (*read(path), *rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as out:
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table.values())
 

@@ -8,6 +8,7 @@ from typing import Any
 
 POLICIES = ("fcfs", "lpm", "priority")
 ATTENTION_BACKENDS = ("auto", "cpu", "torch")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class EngineConfig:
         policy: order of the waiting queue: "fcfs", "lpm" (longest prefix match first) or "priority".
         enable_prefix_cache: share KV between requests with a common prefix.
         attention_backend: "auto", "cpu" (the C++ op) or "torch".
+        kv_cache_dtype: "auto" (the model's own) or "fp8" (e4m3 with scales for each token; MLA models only, approximate).
         fused: run plain dense Llama-like models through the fused CPU decoder where it applies.
         pack_weights: keep a second, pre-packed copy of plain dense weights for fast CPU matrix products:
             True, False, or "auto" (where memory allows).
@@ -57,6 +59,7 @@ class EngineConfig:
     policy: str = "lpm"
     enable_prefix_cache: bool = True
     attention_backend: str = "auto"
+    kv_cache_dtype: str = "auto"
     fused: bool = True
     pack_weights: bool | str = "auto"
     faults: FaultInjection = field(default_factory=FaultInjection)
@@ -76,6 +79,8 @@ class EngineConfig:
             raise ValueError(
                 f"attention_backend must be one of {', '.join(ATTENTION_BACKENDS)}, got {self.attention_backend!r}"
             )
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}")
         if self.pack_weights not in (True, False, "auto"):
             raise ValueError(f"pack_weights must be True, False or 'auto', got {self.pack_weights!r}")
 

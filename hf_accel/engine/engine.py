@@ -193,9 +193,9 @@ class Engine(EngineHost):
 
     @property
     def has_unfinished_requests(self) -> bool:
-        """Whether queued requests are still going."""
+        """Whether a queued request is still going, or has ended (an abort, say) and was not handed over yet."""
         with self.core.lock:
-            return any(not g.output.finished for g in self._groups.values())
+            return bool(self._groups)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[StreamChunk]:
         """Complete one prompt and yield its tokens and text as they come. Leaving the loop aborts the request."""

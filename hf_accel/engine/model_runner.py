@@ -6,21 +6,22 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Hashable, Iterator
-from typing import Any
-
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_accel.attention.base import AttentionBackend, AttentionMetadata
 from hf_accel.attention.select import select_backend
 from hf_accel.config import EngineConfig
 from hf_accel.engine.forward_batch import ForwardBatch
+from hf_accel.engine.layer_attention import LatentStep, PagedStep
+from hf_accel.kv_cache.mla_pool import FP8, LatentShape, MLAPool
 from hf_accel.kv_cache.pool import MHAPool
 from hf_accel.patching.attention import paged_attention_on
+from hf_accel.patching.deepseek import LatentLayers
 from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
 from hf_accel.patching.packed_linears import PackedLinears
 from hf_accel.patching.registry import ModelSpec
+from hf_accel_kernels.mla import mla_gather
 
 logger = logging.getLogger("hf_accel")
 
@@ -42,11 +43,13 @@ class ModelRunner:
         self.device = self.model.device
         self.dtype = self.model.dtype
         self.backend: AttentionBackend = select_backend(config.attention_backend, self.device, self.dtype)
+        self.kv_dtype = kv_storage_dtype(spec, config, self.dtype)
         self.num_pages = config.num_pages or self._fit_num_pages()
-        self.pool = MHAPool(self.spec.layers, self.num_pages, config.page_size, self.dtype, self.device)
+        self.pool = self._make_pool()
+        self._latent: LatentLayers | None = None
         self._fused: FusedDecoderModel | None = None
         self._linears: PackedLinears | None = None
-        self._packed_version: Hashable = None
+        self._version: Hashable = None
         self._fused_reason: str | None = None
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
 
@@ -70,9 +73,10 @@ class ModelRunner:
 
     def prepare(self, weights_version: Hashable) -> None:
         """Bring derived weights up to date; called when a call begins, never during a step."""
+        changed, self._version = weights_version != self._version, weights_version
+        self._prepare_latent(changed)
         if self.config.pack_weights is False or self.device.type != "cpu":
             return
-        changed = weights_version != self._packed_version
         if self._fused is not None:
             reason = self._fused.why_not_valid(self.model) or (self._fused.refresh() if changed else "")
             if reason:
@@ -85,7 +89,6 @@ class ModelRunner:
             self._linears = None
         elif self._linears is None and not self._why_not_packed():
             self._linears = PackedLinears(self.model)
-        self._packed_version = weights_version
 
     def _make_fused(self) -> FusedDecoderModel | None:
         reason, fused = self._why_not_packed(), None
@@ -121,21 +124,32 @@ class ModelRunner:
                 num_positions=max(batch.seq_lens_cpu),
             )
         metadata = self.backend.plan(batch)
-        step = _PagedStep(self.backend, self.pool, metadata)
         packed = self._linears.on() if self._linears is not None else contextlib.nullcontext()
-        with torch.no_grad(), _no_autocast(self.device), paged_attention_on(self.spec.configs), packed:
+        latent = self._latent.on() if self._latent is not None else contextlib.nullcontext()
+        with torch.no_grad(), _no_autocast(self.device), paged_attention_on(self.spec.configs), packed, latent:
             output = self.model(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.positions[None],
                 attention_mask=self._no_mask,
                 use_cache=False,
                 logits_to_keep=batch.logits_indices,
-                forward_batch=step,
+                forward_batch=self._step(metadata),
             )
         return output.logits[0].float()
 
+    def _step(self, metadata: AttentionMetadata) -> PagedStep | LatentStep:
+        if isinstance(self.pool, MHAPool):
+            return PagedStep(self.backend, self.pool, metadata)
+        assert self._latent is not None, "prepare comes before the first step"
+        return LatentStep(self._latent.over(self.pool), metadata)
+
     def read_kv(self, layer: int, page_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Contiguous copies of a sequence's keys and values: [num_kv_heads, num_tokens, head_dim] each."""
+        """Contiguous copies of what HF's cache would hold of a sequence: keys and values [num_kv_heads, num_tokens,
+        head_dim], or latents [1, num_tokens, rank] and rotated keys [1, num_tokens, rope_dim]."""
+        if isinstance(self.pool, MLAPool):
+            rank, scales = self.pool.layers[layer].rank, self.pool.scales[layer]
+            parts = mla_gather(self.pool.pages[layer], page_ids, num_tokens, scales, dtype=self.dtype, rank=rank)
+            return parts[0][None], parts[1][None]
 
         def contiguous(pages: torch.Tensor) -> torch.Tensor:
             return pages[page_ids].transpose(0, 1).flatten(1, 2)[:, :num_tokens]  # from [pages, heads, page_size, dim]
@@ -145,11 +159,24 @@ class ModelRunner:
     def close(self) -> None:
         """Give every byte back; the runner is of no use afterwards."""
         self.pool.release()
-        self._fused = self._linears = None
+        self._fused = self._linears = self._latent = None
+
+    def _prepare_latent(self, changed: bool) -> None:
+        if not isinstance(self.pool, MLAPool):
+            return
+        if self._latent is None:
+            self._latent = LatentLayers(self.model, packed=self.config.pack_weights is not False)
+        else:
+            self._latent.refresh(changed)
+
+    def _make_pool(self) -> MHAPool | MLAPool:
+        kind = MLAPool if isinstance(self.spec.layers[0], LatentShape) else MHAPool
+        return kind(self.spec.layers, self.num_pages, self.config.page_size, self.kv_dtype, self.device)
 
     def _fit_num_pages(self) -> int:
         """Pages that fit in the configured share of the device's free memory."""
-        page_bytes = MHAPool.bytes_per_page_for(self.spec.layers, self.config.page_size, self.dtype)
+        kind = MLAPool if isinstance(self.spec.layers[0], LatentShape) else MHAPool
+        page_bytes = kind.bytes_per_page_for(self.spec.layers, self.config.page_size, self.kv_dtype)
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             budget = int(free * self.config.memory_fraction)
@@ -164,36 +191,13 @@ class ModelRunner:
         return num_pages
 
 
-class _PagedStep:
-    """The `forward_batch` keyword of one step: sends each layer's attention to the backend."""
-
-    def __init__(self, backend: AttentionBackend, pool: MHAPool, metadata: AttentionMetadata) -> None:
-        self.backend, self.pool, self.metadata = backend, pool, metadata
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        options: dict[str, Any],
-    ) -> torch.Tensor:
-        layer = module.layer_idx
-        sinks = options.get("s_aux")
-        out = self.backend.forward(
-            query[0].transpose(0, 1),  # [num_tokens, num_heads, head_dim]
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            self.pool.k_pages[layer],
-            self.pool.v_pages[layer],
-            self.metadata,
-            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            sliding_window=options.get("sliding_window") or 0,
-            softcap=options.get("softcap") or 0.0,
-            sinks=None if sinks is None else sinks.detach().float(),
-        )
-        return out[None]
+def kv_storage_dtype(spec: ModelSpec, config: EngineConfig, model_dtype: torch.dtype) -> torch.dtype:
+    """What the pool's values are kept in. Raises ValueError for a storage that the model's layers cannot have."""
+    if config.kv_cache_dtype == "auto":
+        return model_dtype
+    if not isinstance(spec.layers[0], LatentShape):
+        raise ValueError('kv_cache_dtype="fp8" is for models with multi-head latent attention (DeepSeek): use "auto"')
+    return FP8
 
 
 @contextlib.contextmanager

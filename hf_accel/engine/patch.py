@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_accel.config import EngineConfig
 from hf_accel.engine.engine import Engine
 from hf_accel.engine.generate import sample
+from hf_accel.engine.model_runner import kv_storage_dtype
 from hf_accel.patching import hooks
 from hf_accel.patching.registry import ModelSpec, base_model, read_spec
 
@@ -47,11 +48,12 @@ def patch(model: Any, **config: Any) -> Any:
         ValueError: an option is unknown or out of range.
     """
     hf_model = base_model(model)
-    EngineConfig.from_kwargs(**config)
+    options = EngineConfig.from_kwargs(**config)
     known = _patched.get(hf_model)
     if known is not None and known.config == config and known.wrapper() is model:
         return model
     spec = read_spec(hf_model)
+    kv_storage_dtype(spec, options, hf_model.dtype)  # raises now, not at the first call
     unpatch(model)
     _patched[hf_model] = _Patched(config, spec, weakref.ref(model))
     try:

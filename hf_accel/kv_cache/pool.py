@@ -99,7 +99,7 @@ class MHAPool:
         shape = (self.num_pages, num_kv_heads, self.page_size, dim)
         pages = torch.empty(shape, dtype=self.dtype, device=self.device)
         if self.device.type == "cpu" and pages.nbytes >= HUGE_PAGE:
-            _ask_for_huge_pages(pages)
+            ask_for_huge_pages(pages)
         return pages
 
 
@@ -112,7 +112,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
-def _ask_for_huge_pages(pages: torch.Tensor) -> None:
+def ask_for_huge_pages(pages: torch.Tensor) -> None:
     """Advise 2 MB pages for memory not touched yet: scattered page reads then miss the TLB far less. Only a hint."""
     madvise = _madvise()
     if madvise is None:

@@ -16,8 +16,10 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from hf_accel.kv_cache.mla_pool import LatentShape
 from hf_accel.kv_cache.pool import LayerShape
 from hf_accel.patching.attention import attention_configs, attention_replaced
+from hf_accel.patching.deepseek import latent_modules, latents_passed_on
 from hf_accel.patching.eligibility import is_compiled
 
 KNOWN_OPTIONS = frozenset(
@@ -54,7 +56,7 @@ class Probe:
     """
 
     def __init__(self, static_positions: int | None) -> None:
-        self.layers: dict[int, LayerShape] = {}
+        self.layers: dict[int, LayerShape | LatentShape] = {}
         self.problems: set[str] = set()
         self.vocab_size = 0
         self._far = FAR if static_positions is None else static_positions - 1
@@ -62,11 +64,15 @@ class Probe:
         self._rules: dict[int, MaskRule] = {}
         self._masks: list[torch.Tensor] = []  # kept, so that their addresses stay theirs
         self._seen_this_time: set[int] = set()
+        self._latent: frozenset[int] = frozenset()
 
     @torch.no_grad()
     def run(self, model: PreTrainedModel) -> None:
         """Fill the attributes. Raises TypeError where the model's forward refuses the extra keyword."""
-        with _undisturbed(model), attention_replaced(attention_configs(model), _registered()):
+        latent = latent_modules(model) if getattr(model.config, "kv_lora_rank", None) else []
+        replaced = attention_replaced(attention_configs(model), _registered())
+        with _undisturbed(model), replaced, latents_passed_on(latent):
+            self._latent = frozenset(map(id, latent))
             token = _current.set(self)
             try:
                 first, second = self._forward(model, 0), self._forward(model, 2)
@@ -103,7 +109,11 @@ class Probe:
         if module.layer_idx in self._seen_this_time:
             self.problems.add("a layer attends more than once")
         self._seen_this_time.add(module.layer_idx)
-        self.layers[module.layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        if id(module) in self._latent:
+            self.layers[module.layer_idx] = LatentShape(key.shape[3], value.shape[3])
+            key, value = type(module).expand_kv(module, key, value)
+        else:
+            self.layers[module.layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         unknown = {k for k, v in options.items() if k not in KNOWN_OPTIONS and v is not None and v is not False}
         self.problems |= {f"its attention uses {name}" for name in unknown - {"scaling", "forward_batch"}}
         if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:

@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from hf_accel.kv_cache.mla_pool import LatentShape
 from hf_accel.kv_cache.pool import LayerShape
 from hf_accel.patching.attention import attention_configs
+from hf_accel.patching.deepseek import why_not_latent
 from hf_accel.patching.probe import Probe
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
 UNSUPPORTED_ATTRIBUTES = {
-    "kv_lora_rank": "it uses multi-head latent attention (MLA), which is not supported yet",
     "num_kv_shared_layers": "its layers share KV with each other",
     "attention_chunk_size": "it uses chunked attention",
     "mamba_d_state": "it has state-space (mamba) layers",
@@ -32,7 +33,7 @@ class ModelSpec:
     """What the engine needs to know of a model.
 
     Attributes:
-        layers: KV shape of each attention layer, by `layer_idx`.
+        layers: KV shape of each attention layer, by `layer_idx`: all keys and values, or all latents.
         vocab_size: size of the logits.
         max_positions: longest sequence that the model was made for, in tokens.
         static_positions: rope is the same at every length up to this one (longrope and dynamic rope switch past it).
@@ -40,7 +41,7 @@ class ModelSpec:
         configs: the configuration objects to switch while a step runs.
     """
 
-    layers: tuple[LayerShape, ...]
+    layers: tuple[LayerShape, ...] | tuple[LatentShape, ...]
     vocab_size: int
     max_positions: int
     static_positions: int | None
@@ -79,6 +80,8 @@ def check_supported(model: PreTrainedModel) -> None:
     for attribute, reason in UNSUPPORTED_ATTRIBUTES.items():
         if getattr(config, attribute, None):
             refuse(reason)
+    if getattr(config, "kv_lora_rank", None) and (reason := why_not_latent(model)):
+        refuse(reason)
     types = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
     if types:
         refuse(f"it has layers of type {', '.join(sorted(types))}; only full and sliding attention are supported")

@@ -50,6 +50,38 @@ _ROPE_LONG = {
     }
 }  # fmt: skip
 
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+}
+_MLA_MOE: dict[str, Any] = {
+    **_MLA,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+}
+_Q_LORA = {"q_lora_rank": 24}
+_MLA_YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "mscale": 0.8,
+        "mscale_all_dim": 0.6,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    }
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama_rope3": ("llama", {**_ROPE_LLAMA3, **_HEAD_DIM}),
@@ -103,6 +135,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {"sliding_window": WINDOW, "use_bias": True}),
     "gpt_neox": ("gpt_neox", _ROPE_PARTIAL),
     "exaone4": ("exaone4", {**_MIXED_WINDOW, **_HEAD_DIM}),
+    "deepseek_v2": ("deepseek_v2", _MLA_MOE),
+    "deepseek_v2_groups": (
+        "deepseek_v2", {**_MLA_MOE, **_Q_LORA, **_MLA_YARN, "topk_method": "group_limited_greedy", "norm_topk_prob": True}
+    ),
+    "deepseek_v3": ("deepseek_v3", {**_MLA_MOE, **_Q_LORA}),
+    "deepseek_v3_halves": ("deepseek_v3", {**_MLA_MOE, "rope_interleave": False, "attention_bias": True}),
+    "deepseek_v3_yarn": ("deepseek_v3", {**_MLA_MOE, **_Q_LORA, **_MLA_YARN, "routed_scaling_factor": 2.0}),
+    "axk1": ("axk1", {**_MLA_MOE, **_Q_LORA}),
+    "glm4_moe_lite": ("glm4_moe_lite", {**_MLA_MOE, **_Q_LORA}),
+    "minicpm3": ("minicpm3", {**_MLA, **_Q_LORA, "scale_emb": 2, "scale_depth": 2.0}),
+    "youtu": ("youtu", {**_MLA, **_Q_LORA}),
     "gpt2": ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 256}),
     "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
 }  # fmt: skip

@@ -139,13 +139,8 @@ UNSUPPORTED = {
     "mamba": ("linear_attention", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}),
     "qwen3_next": ("linear", {**TINY, "num_key_value_heads": 1, "head_dim": 16, "num_experts": 2, "moe_intermediate_size": 16}),
     "lfm2": ("conv", {**TINY, "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]}),
-    "deepseek_v3": (
-        "MLA",
-        {
-            **TINY, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-            "n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
-        },
-    ),
+    "deepseek_v32": ("latent attention \\(deepseek_v32\\) is not supported", {**TINY, "kv_lora_rank": 8, "index_topk": 4}),
+    "longcat_flash": ("latent attention", {**TINY, "kv_lora_rank": 8}),
     "diffllama": ("attends more than once", {**TINY, "num_key_value_heads": 2}),
     "phimoe": ("mask is not the one", {**TINY, "num_key_value_heads": 2, "num_local_experts": 2, "sliding_window": 8}),
     "doge": ("mask in its own way", {**TINY, "num_key_value_heads": 2}),
