@@ -75,7 +75,10 @@ template <class K, class T> void attend(const HfaMlaArgs& a, const Block& b, con
   Buffers<K> buf;
   buf.take(s, scratch);
   open_state(s, state);
-  attend_block<K, T>(a, b, s, state, buf);
+#ifdef HFA_MLA_AMX
+  if constexpr (std::is_same_v<K, Bf16Tiles>) return attend_tiles<T>(a, b, s, state, buf);
+#endif
+  attend_vectors<K, T>(a, b, s, state, buf);
 }
 
 template <class K, class T> void run_whole(const HfaMlaArgs& a, const Block& b) {
