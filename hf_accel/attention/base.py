@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from hf_accel_kernels.mla import AbsorbedWeights
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:
@@ -82,3 +84,36 @@ class AttentionBackend(ABC):
         Returns:
             [num_tokens, num_heads, v_head_dim] of q's dtype.
         """
+
+    # Layers that keep latents (MLA): called by `attention.latent`, which says which sequences take which form.
+
+    @abstractmethod
+    def store_latents(
+        self,
+        latent: torch.Tensor,
+        rope_key: torch.Tensor,
+        pages: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> None:
+        """Write new tokens' latents [num_tokens, rank] and rotated keys [num_tokens, rope_dim]; see `mla.mla_store`."""
+
+    @abstractmethod
+    def absorbed_attention(
+        self,
+        q: torch.Tensor,
+        weights: AbsorbedWeights,
+        pages: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+        scales: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention in latent space: [num_tokens, num_heads, v_dim]; see `mla.mla_absorbed_attention`."""
+
+    @abstractmethod
+    def expanded_attention(
+        self, q: torch.Tensor, kv: torch.Tensor, rope_key: torch.Tensor, scale: float, nope_dim: int
+    ) -> torch.Tensor:
+        """Attention of one sequence's last tokens over its expanded latents; see `mla.mla_expanded_attention`."""

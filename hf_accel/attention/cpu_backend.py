@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from hf_accel_kernels import mla
 from hf_accel_kernels.cpu.attention import DTYPES, CpuAttention
 
 from .base import AttentionBackend, AttentionBatch, AttentionMetadata
@@ -65,3 +66,32 @@ class CpuBackend(AttentionBackend):
             out,
         )
         return out
+
+    def store_latents(
+        self,
+        latent: torch.Tensor,
+        rope_key: torch.Tensor,
+        pages: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> None:
+        mla.mla_store(latent, rope_key, pages, slot_mapping, scales)
+
+    def absorbed_attention(
+        self,
+        q: torch.Tensor,
+        weights: mla.AbsorbedWeights,
+        pages: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+        scales: torch.Tensor | None,
+    ) -> torch.Tensor:
+        rows = (page_table, seq_lens, query_start_loc)
+        return mla.mla_absorbed_attention(q, weights, pages, *rows, scale, scales=scales)
+
+    def expanded_attention(
+        self, q: torch.Tensor, kv: torch.Tensor, rope_key: torch.Tensor, scale: float, nope_dim: int
+    ) -> torch.Tensor:
+        return mla.mla_expanded_attention(q, kv, rope_key, scale, nope=nope_dim)

@@ -15,7 +15,7 @@ import torch
 from hf_accel_kernels import mla
 from hf_accel_kernels.mla import AbsorbedWeights
 
-from .base import AttentionMetadata
+from .base import AttentionBackend, AttentionMetadata
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class LatentPlan:
 
 
 def attend_latent(
+    backend: AttentionBackend,
     q: torch.Tensor,
     latent: torch.Tensor,
     rope_key: torch.Tensor,
@@ -94,6 +95,7 @@ def attend_latent(
     """Store this step's latents, then attend.
 
     Args:
+        backend: computes.
         q: [num_tokens, num_heads, nope_dim + rope_dim], any strides.
         latent: [num_tokens, rank], normed.
         rope_key: [num_tokens, rope_dim], rotated.
@@ -105,28 +107,27 @@ def attend_latent(
     Returns:
         [num_tokens, num_heads, v_dim] of q's dtype.
     """
-    mla.mla_store(latent, rope_key, layer.pages, metadata.slot_mapping, layer.scales)
+    backend.store_latents(latent, rope_key, layer.pages, metadata.slot_mapping, layer.scales)
     rows = plan.absorbed
-    if rows is not None and not plan.expanded:
-        return _absorbed(q, layer, rows, scale)
+    if rows is not None and rows.tokens is None:
+        return _absorbed(backend, q, layer, rows, scale)
     out = q.new_empty(q.shape[0], q.shape[1], layer.v_dim)
-    if rows is not None and rows.tokens is not None:
-        out[rows.tokens] = _absorbed(q[rows.tokens], layer, rows, scale)
+    if rows is not None:
+        out[rows.tokens] = _absorbed(backend, q[rows.tokens], layer, rows, scale)
     page_size = layer.pages.shape[1]
     for i in plan.expanded:
-        begin, end, length = plan.starts[i], plan.starts[i + 1], metadata.seq_lens_cpu[i]
+        tokens, length = slice(plan.starts[i], plan.starts[i + 1]), metadata.seq_lens_cpu[i]
         page_ids = metadata.page_table[i, : -(-length // page_size)]
-        latents, rope_keys = mla.mla_gather(
-            layer.pages, page_ids, length, layer.scales, dtype=q.dtype, rank=latent.shape[1]
-        )
-        kv = layer.expand(latents)
-        out[begin:end] = mla.mla_expanded_attention(q[begin:end], kv, rope_keys, scale, nope=layer.nope_dim)
+        held = mla.mla_gather(layer.pages, page_ids, length, layer.scales, dtype=q.dtype, rank=latent.shape[1])
+        out[tokens] = backend.expanded_attention(q[tokens], layer.expand(held[0]), held[1], scale, layer.nope_dim)
     return out
 
 
-def _absorbed(q: torch.Tensor, layer: LatentLayer, rows: _Rows, scale: float) -> torch.Tensor:
+def _absorbed(
+    backend: AttentionBackend, q: torch.Tensor, layer: LatentLayer, rows: _Rows, scale: float
+) -> torch.Tensor:
     assert layer.weights is not None, "planned as absorbed without absorbed weights"
-    return mla.mla_absorbed_attention(
+    return backend.absorbed_attention(
         q,
         layer.weights,
         layer.pages,
@@ -134,5 +135,5 @@ def _absorbed(q: torch.Tensor, layer: LatentLayer, rows: _Rows, scale: float) ->
         rows.seq_lens,
         rows.query_start_loc,
         scale,
-        scales=layer.scales,
+        layer.scales,
     )

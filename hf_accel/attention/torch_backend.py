@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_accel_kernels import torch_attention
+from hf_accel_kernels import mla_torch, torch_attention
+from hf_accel_kernels.mla import AbsorbedWeights
 
 from .base import AttentionBackend, AttentionMetadata
 
@@ -45,3 +46,35 @@ class TorchBackend(AttentionBackend):
             softcap=softcap,
             sinks=sinks,
         )
+
+    def store_latents(
+        self,
+        latent: torch.Tensor,
+        rope_key: torch.Tensor,
+        pages: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> None:
+        mla_torch.mla_store(latent, rope_key, pages, slot_mapping, scales)
+
+    def absorbed_attention(
+        self,
+        q: torch.Tensor,
+        weights: AbsorbedWeights,
+        pages: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+        scales: torch.Tensor | None,
+    ) -> torch.Tensor:
+        w_uk, w_uv = weights.views()
+        o_lat = q.new_empty(q.shape[0], q.shape[1], weights.rank)
+        rows = (page_table, seq_lens, query_start_loc)
+        mla_torch.mla_attention(mla_torch.absorb(q, w_uk), pages, *rows, scale, weights.rank, scales, o_lat)
+        return mla_torch.expand(o_lat, w_uv)
+
+    def expanded_attention(
+        self, q: torch.Tensor, kv: torch.Tensor, rope_key: torch.Tensor, scale: float, nope_dim: int
+    ) -> torch.Tensor:
+        return mla_torch.expanded_attention(q, kv, rope_key, scale, nope_dim)

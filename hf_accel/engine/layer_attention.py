@@ -52,8 +52,10 @@ class PagedStep:
 class LatentStep:
     """Layers that keep latents: the key they pass is this step's latents, the value its rotated keys."""
 
-    def __init__(self, layers: Mapping[int, LatentLayer], metadata: AttentionMetadata) -> None:
-        self.layers, self.metadata = layers, metadata
+    def __init__(
+        self, backend: AttentionBackend, layers: Mapping[int, LatentLayer], metadata: AttentionMetadata
+    ) -> None:
+        self.backend, self.layers, self.metadata = backend, layers, metadata
         self._plans: dict[bool, LatentPlan] = {}
 
     def attend(
@@ -72,6 +74,7 @@ class LatentStep:
         if plan is None:
             plan = self._plans[absorb] = LatentPlan(self.metadata, query.shape[1], absorb=absorb)
         out = attend_latent(
+            self.backend,
             query[0].transpose(0, 1),  # [num_tokens, num_heads, nope_dim + rope_dim]
             key[0, 0],
             value[0, 0],

@@ -141,7 +141,7 @@ class ModelRunner:
         if isinstance(self.pool, MHAPool):
             return PagedStep(self.backend, self.pool, metadata)
         assert self._latent is not None, "prepare comes before the first step"
-        return LatentStep(self._latent.over(self.pool), metadata)
+        return LatentStep(self.backend, self._latent.over(self.pool), metadata)
 
     def read_kv(self, layer: int, page_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Contiguous copies of what HF's cache would hold of a sequence: keys and values [num_kv_heads, num_tokens,
@@ -165,7 +165,8 @@ class ModelRunner:
         if not isinstance(self.pool, MLAPool):
             return
         if self._latent is None:
-            self._latent = LatentLayers(self.model, packed=self.config.pack_weights is not False)
+            packed = self.config.pack_weights is not False and self.backend.name == "cpu" and not self._why_not_packed()
+            self._latent = LatentLayers(self.model, packed=packed)
         else:
             self._latent.refresh(changed)
 

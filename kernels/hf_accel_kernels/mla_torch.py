@@ -7,6 +7,7 @@ kv head whose values are its keys. Validates nothing.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from . import torch_attention
 
@@ -97,3 +98,15 @@ def absorb(q: torch.Tensor, w_uk: torch.Tensor) -> torch.Tensor:
 def expand(o_lat: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
     """o_lat [num_tokens, num_heads, rank] and Wuv [num_heads, v, rank] -> [num_tokens, num_heads, v]."""
     return torch.bmm(o_lat.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+
+
+def expanded_attention(
+    q: torch.Tensor, kv: torch.Tensor, rope_key: torch.Tensor, scale: float, nope: int
+) -> torch.Tensor:
+    """`mla.mla_expanded_attention`: shapes as there."""
+    (num_tokens, num_heads, _), length = q.shape, kv.shape[0]
+    k_nope, values = kv.view(length, num_heads, -1).transpose(0, 1).tensor_split([nope], dim=2)
+    keys = torch.cat([k_nope, rope_key.expand(num_heads, -1, -1)], dim=2)  # [num_heads, length, nope + rope]
+    seen = torch.ones(num_tokens, length, dtype=torch.bool, device=q.device).tril(length - num_tokens)
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys[None], values[None], attn_mask=seen, scale=scale)
+    return out[0].transpose(0, 1)
