@@ -77,6 +77,25 @@ def test_quick_run_compares_every_arm(
     assert results.read(path) == [{**rows[0], "load": "9"}, *rows[1:]]  # replaced in place, not added
 
 
+def test_continuous_batching_forgets_prefixes_between_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import arms, models, workloads
+
+    monkeypatch.setattr(arms, "THREAD_START_SECONDS", 0.05)
+    bench = models.load("tiny", torch.float32, "cpu")
+    workload = workloads.shrunk(workloads.make("single_stream", bench.corpus, bench.max_positions))
+    arm = arms.ContinuousBatching(bench, workload)
+    try:
+        rates = []
+        for forget in (arms.forget_prefixes, arms.forget_prefixes, lambda cache: None):
+            monkeypatch.setattr(arms, "forget_prefixes", forget)
+            arm.reset()
+            rates.append(arm.run().hit_rate)
+            arm.pause()
+    finally:
+        arm.close()
+    assert rates[0] == rates[1] < rates[2]
+
+
 def test_a_failing_arm_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
