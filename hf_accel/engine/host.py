@@ -54,10 +54,7 @@ class EngineHost:
     @property
     def model(self) -> PreTrainedModel:
         """The model itself."""
-        model = self._model_ref()
-        if model is None:
-            raise RuntimeError("the engine's model was deleted")
-        return model
+        return self.core.executor.runner.model
 
     # ---- rows of generate calls --------------------------------------------------------------------------------
 

@@ -8,19 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from .ways import LENGTH, PROMPT, backward, hf_tokens, make_llama
-
-
-class DataSGD(torch.optim.Optimizer):
-    """A custom optimizer that writes through `.data`, one element of each parameter: only its step can be noticed."""
-
-    def __init__(self, params):
-        super().__init__(params, {})
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data.view(-1)[p.numel() // 2 + 1] += 30.0
+from .ways import LENGTH, PROMPT, DataSGD, backward, hf_tokens, make_llama
 
 
 def stepped(make):
@@ -126,7 +114,7 @@ CHANGES = {
     "adamw-foreach": stepped(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True)),
     "adamw-loop": stepped(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False)),
     "sgd-fused": stepped(lambda p: torch.optim.SGD(p, lr=3.0, fused=True)),
-    "custom-data-optimizer": stepped(DataSGD),
+    "custom-data-optimizer": stepped(lambda parameters: DataSGD(parameters, 30.0)),
 } | {
     f.__name__: f
     for f in (

@@ -10,21 +10,11 @@ from torch import nn
 
 from hf_accel.engine.weights import WeightTracker
 
+from .ways import DataSGD
+
 
 def _backward(model: nn.Module) -> None:
     model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
-
-
-class _DataSGD(torch.optim.Optimizer):
-    """A custom optimizer of the kind found in research code: it writes one element through `.data`."""
-
-    def __init__(self, params):
-        super().__init__(params, {})
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data.view(-1)[p.numel() // 2 + 1] += 1e-3
 
 
 OPTIMIZERS = {
@@ -34,7 +24,7 @@ OPTIMIZERS = {
     "adamw-loop": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=False),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-    "custom-data": _DataSGD,
+    "custom-data": lambda parameters: DataSGD(parameters, 1e-3),
 }
 
 

@@ -34,6 +34,18 @@ def backward(model: nn.Module) -> None:
     model(input_ids=PROMPT, labels=PROMPT).loss.backward()
 
 
+class DataSGD(torch.optim.Optimizer):
+    """A custom optimizer of the kind found in research code: it writes one element through `.data`, not in the sample."""
+
+    def __init__(self, params, step_size: float):
+        super().__init__(params, {"step_size": step_size})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.view(-1)[p.numel() // 2 + 1] += group["step_size"]
+
+
 class Generate:
     """Our answers through `model.generate` of a patched model."""
 
