@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_engine_names_the_request(tiny_llama, assert_idle, fused):
     assert engine.generate([[5, 200, 7]], GREEDY)[0].error is None  # and its KV was not kept
 
 
-@pytest.mark.parametrize("how", ["engine", "greedy", "lockstep"])
+@pytest.mark.parametrize("how", ["engine", "greedy", "lockstep", "score"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_a_spoilt_prefix_is_not_shared(tiny_llama, backend, how):
     """A chunk that ends in a NaN token leaves NaN in the KV of the tokens before it; other prompts begin with these too."""
@@ -133,6 +134,8 @@ def test_a_spoilt_prefix_is_not_shared(tiny_llama, backend, how):
     engine = hf_accel.get_engine(tiny_llama)
     if how == "engine":
         assert isinstance(engine.generate([bad], GREEDY)[0].error, InvalidLogits)
+    elif how == "score":
+        assert math.isnan(engine.score(bad, [[7]])[0].total)
     else:
         tiny_llama.generate(
             torch.tensor([bad]), do_sample=False, max_new_tokens=3, return_dict_in_generate=how == "lockstep"
