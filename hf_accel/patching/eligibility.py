@@ -97,7 +97,11 @@ def padding_reason(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.
         return ""
     if bool((ids == ids[0]).all()):  # the padding token
         ids = ids[:1]
-    return "" if bool(weight[ids].isfinite().all()) else "a masked token whose embedding is NaN or infinite"
+    return (
+        ""
+        if bool(weight[ids.to(weight.device)].isfinite().all())
+        else "a masked token whose embedding is NaN or infinite"
+    )
 
 
 def _checkpoints_activations(model: PreTrainedModel) -> bool:
