@@ -65,3 +65,6 @@ def _copy(engine: Engine, rows: Sequence[Request], seen: torch.Tensor, cache: Dy
             pages = builder.page_ids(row.slot or 0, computed)
             keys[i][:, columns[i]], values[i][:, columns[i]] = runner.read_kv(layer, pages, computed)
         cache.update(keys, values, layer)
+        kept = cache.layers[layer]
+        if kept.keys.shape[2] < keys.shape[2]:  # a window: a view of it would keep, and save, all tokens
+            kept.keys, kept.values = kept.keys.clone(), kept.values.clone()

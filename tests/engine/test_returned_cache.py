@@ -73,6 +73,8 @@ def test_padded_rows(family: str, case: cases.Case) -> None:
     got, expected = _pair(model, prompts(), case)
     mask = prompts()["attention_mask"]
     assert_same_cache(got.past_key_values, expected.past_key_values, mask)
+    for mine, theirs in zip(got.past_key_values.layers, expected.past_key_values.layers):
+        assert mine.keys.untyped_storage().nbytes() <= theirs.keys.untyped_storage().nbytes()
     _assert_goes_on(model, got, expected, mask)
 
 
