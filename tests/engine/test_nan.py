@@ -1,4 +1,4 @@
-"""NaN in a model: `generate` does what HF does with it, the engine says which request it was, and no other one suffers."""
+"""NaN in a model: `generate` does what HF does with it, the engine says which request it was, and no later call suffers."""
 
 from __future__ import annotations
 
