@@ -188,7 +188,8 @@ def test_score(engine, model):
             assert score.total == pytest.approx(sum(expected), abs=1e-3)
             assert score.is_greedy == (rows.argmax(-1).tolist() == tail)
         assert scores[0].num_cached_tokens == expected_cached
-        assert all(s.num_cached_tokens == 44 for s in scores[1:])
+        few_left = engine.config.max_prefill_chunk == 7 and not expected_cached  # 42 computed: not worth another step
+        assert all(s.num_cached_tokens == (42 if few_left else 44) for s in scores[1:])
     assert scores[2].is_greedy
     assert engine.score(prefix, []) == []
     assert engine.score(prefix, continuations[:1], cache_salt="other")[0].num_cached_tokens == 0
