@@ -94,5 +94,5 @@ def test_what_transformers_leaves_after_output_hidden_states_is_no_hook(tiny_lla
         assert tokens(tiny_llama) == expected
     engine = hf_accel.get_engine(tiny_llama)
     assert engine.core.executor.runner.fused
-    assert engine.stats().num_cached_tokens == 2 * 32
+    assert engine.stats().num_cached_tokens == 2 * 36
     assert len(tiny_llama(PROMPT, output_hidden_states=True).hidden_states) == 3

@@ -139,12 +139,12 @@ def test_cache_salt_isolates(engine):
     def cached(salt) -> int:
         return engine.result(engine.add_request(ids, greedy(2), cache_salt=salt)).num_cached_tokens
 
-    assert [cached(s) for s in ("a", "b", None, "a", "b", None)] == [0, 0, 0, 32, 32, 32]
+    assert [cached(s) for s in ("a", "b", None, "a", "b", None)] == [0, 0, 0, 39, 39, 39]
 
 
 def test_score(engine, model):
     prefix, continuations = ids_of(8, 45), [ids_of(9, 6), ids_of(10, 1), hf_greedy(model, ids_of(8, 45), 3)]
-    for expected_cached in (0, 40):
+    for expected_cached in (0, 44):
         scores = engine.score(prefix, continuations)
         for score, tail in zip(scores, continuations, strict=True):
             rows = hf_logprobs(model, prefix + tail)[len(prefix) - 1 : -1]
@@ -153,7 +153,8 @@ def test_score(engine, model):
             assert score.total == pytest.approx(sum(expected), abs=1e-3)
             assert score.is_greedy == (rows.argmax(-1).tolist() == tail)
         assert scores[0].num_cached_tokens == expected_cached
-        assert all(s.num_cached_tokens == 40 for s in scores[1:])
+        few_left = engine.config.max_prefill_chunk == 7 and not expected_cached  # 42 computed: not worth another step
+        assert all(s.num_cached_tokens == (42 if few_left else 44) for s in scores[1:])
     assert scores[2].is_greedy
     assert engine.score(prefix, []) == []
     assert engine.score(prefix, continuations[:1], cache_salt="other")[0].num_cached_tokens == 0
