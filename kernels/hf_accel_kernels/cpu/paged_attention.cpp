@@ -3,8 +3,10 @@
 
 #include <omp.h>
 
+#include <atomic>
 #include <vector>
 
+#include "attention_amx.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
 
@@ -17,9 +19,35 @@ thread_local Scratch thread_scratch;         // one block's working memory
 thread_local Scratch call_scratch;           // one call's states of split blocks, owned by the calling thread
 thread_local std::vector<Block> call_blocks; // one call's blocks, kv_head 0
 
-void cut_into_blocks(const HfaAttentionArgs& a, std::vector<Block>& blocks) {
+// What one block does: the tile unit or vectors. Decode is the same for both.
+template <class K> struct Prefill {
+  static constexpr int ROWS = BLOCK_ROWS;
+  static int key_alignment(const HfaAttentionArgs&) { return 1; }
+  static int64_t scratch_bytes(const HfaAttentionArgs& a) { return prefill_scratch_bytes(a); }
+  static void run(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
+    prefill_block<K>(a, b, state, scratch);
+  }
+};
+
+#ifdef HFA_AMX
+struct Bf16Tiles : Bf16Pairs {};
+template <> struct Prefill<Bf16Tiles> {
+  static constexpr int ROWS = AMX_BLOCK_ROWS;
+  static int key_alignment(const HfaAttentionArgs& a) { return keys_from_pages(a) ? 16 : 1; }
+  static int64_t scratch_bytes(const HfaAttentionArgs& a) { return amx_scratch_bytes(a); }
+  static void run(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
+    amx_block(a, b, state, scratch);
+  }
+};
+#endif
+
+bool is_decode(const HfaAttentionArgs& a, const Block& b) {
+  return b.num_tokens == 1 && a.num_heads / a.num_kv_heads <= MAX_DECODE_ROWS;
+}
+
+template <class K> void cut_into_blocks(const HfaAttentionArgs& a, std::vector<Block>& blocks) {
   blocks.clear();
-  const int step = prefill_block_tokens(a);
+  const int step = std::max(1, Prefill<K>::ROWS / (a.num_heads / a.num_kv_heads));
   for (int s = 0; s < a.num_seqs; ++s) {
     const int start = a.query_start_loc[s], length = a.query_start_loc[s + 1] - start;
     for (int j = 0; j < length; j += step) {
@@ -32,6 +60,7 @@ void cut_into_blocks(const HfaAttentionArgs& a, std::vector<Block>& blocks) {
       b.key_end = std::max(0, b.first_position + b.num_tokens);
       b.key_begin = a.sliding_window ? std::max(0, b.first_position - a.sliding_window + 1) : 0;
       b.key_begin = std::min(b.key_begin, b.key_end);
+      if (!is_decode(a, b)) b.key_begin -= b.key_begin % Prefill<K>::key_alignment(a);
       blocks.push_back(b);
     }
   }
@@ -50,7 +79,7 @@ State take_state(const HfaAttentionArgs& a, int64_t rows, Scratch& scratch) {
 }
 
 int64_t padded_rows(const HfaAttentionArgs& a, const Block& b) {
-  return round_up(int64_t(b.num_tokens) * (a.num_heads / a.num_kv_heads), MR);
+  return round_up(round_up(int64_t(b.num_tokens) * (a.num_heads / a.num_kv_heads), MR), 16);
 }
 
 // A sink is one more key with a zero value: it opens the running softmax of the first split.
@@ -90,19 +119,19 @@ void merge(const State& into, const State& from, int64_t rows) {
 }
 
 template <class K> void attend(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
-  if (b.num_tokens == 1 && a.num_heads / a.num_kv_heads <= MAX_DECODE_ROWS) decode_block<K>(a, b, state, scratch);
-  else prefill_block<K>(a, b, state, scratch);
+  if (is_decode(a, b)) decode_block<K>(a, b, state, scratch);
+  else Prefill<K>::run(a, b, state, scratch);
 }
 
-int64_t block_bytes(const HfaAttentionArgs& a) {
-  const int64_t rows = round_up(std::max(BLOCK_ROWS, a.num_heads / a.num_kv_heads), MR);
-  return state_bytes(a, rows) + std::max(decode_scratch_bytes(a), prefill_scratch_bytes(a));
+template <class K> int64_t block_bytes(const HfaAttentionArgs& a) {
+  const int64_t rows = round_up(std::max(Prefill<K>::ROWS, a.num_heads / a.num_kv_heads), MR) + 16;
+  return state_bytes(a, rows) + std::max(decode_scratch_bytes(a), Prefill<K>::scratch_bytes(a));
 }
 
 template <class K> void run_whole(const HfaAttentionArgs& a, Block b, int kv_head) {
   b.kv_head = kv_head;
   Scratch& scratch = thread_scratch;
-  scratch.reset(size_t(block_bytes(a)));
+  scratch.reset(size_t(block_bytes<K>(a)));
   const State state = take_state(a, padded_rows(a, b), scratch);
   open_state(a, b, true, state);
   attend<K>(a, b, state, scratch);
@@ -134,7 +163,7 @@ template <class K> void run_split(const HfaAttentionArgs& a, const std::vector<B
     b.key_begin = std::min(b.key_end, b.key_begin + split * chunk);
     b.key_end = std::min(b.key_end, b.key_begin + chunk);
     Scratch& scratch = thread_scratch;
-    scratch.reset(size_t(block_bytes(a)));
+    scratch.reset(size_t(block_bytes<K>(a)));
     open_state(a, b, split == 0, states[size_t(i)]);
     attend<K>(a, b, states[size_t(i)], scratch);
   }
@@ -149,7 +178,7 @@ template <class K> void run_split(const HfaAttentionArgs& a, const std::vector<B
 
 template <class K> void run(const HfaAttentionArgs& a) {
   std::vector<Block>& blocks = call_blocks;
-  cut_into_blocks(a, blocks);
+  cut_into_blocks<K>(a, blocks);
   const int num_items = int(blocks.size()) * a.num_kv_heads;
   if (a.num_threads <= 1) {
     for (const Block& b : blocks)
@@ -164,6 +193,27 @@ template <class K> void run(const HfaAttentionArgs& a) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.num_threads)
   for (int i = num_items - 1; i >= 0; --i)  // a sequence's last blocks are its longest
     run_whole<K>(a, blocks[size_t(i / a.num_kv_heads)], i % a.num_kv_heads);
+}
+
+std::atomic<bool> tiles_wanted{true};
+
+bool use_tiles() {
+#ifdef HFA_AMX
+  return tiles_wanted.load(std::memory_order_relaxed) && amx_permitted();
+#else
+  return false;
+#endif
+}
+
+void run_bf16(const HfaAttentionArgs& a) {
+#ifdef HFA_AMX
+  if (use_tiles()) return run<Bf16Tiles>(a);
+#endif
+#ifdef HFA_BF16_DOT
+  run<Bf16Pairs>(a);
+#else
+  run<Fp32Lanes<bf16>>(a);
+#endif
 }
 
 template <class T> void store(const HfaStoreKvArgs& a) {
@@ -195,14 +245,15 @@ extern "C" int hfa_paged_attention(const HfaAttentionArgs* args) {
     return 1;
   switch (a.dtype) {
     case HFA_FLOAT32: run<Fp32Lanes<float>>(a); return 0;
-#ifdef HFA_BF16_DOT
-    case HFA_BFLOAT16: run<Bf16Pairs>(a); return 0;
-#else
-    case HFA_BFLOAT16: run<Fp32Lanes<bf16>>(a); return 0;
-#endif
+    case HFA_BFLOAT16: run_bf16(a); return 0;
     case HFA_FLOAT16: run<Fp32Lanes<fp16>>(a); return 0;
     default: return 1;
   }
+}
+
+extern "C" int hfa_attention_tiles(int wanted) {
+  tiles_wanted.store(wanted != 0, std::memory_order_relaxed);
+  return use_tiles();
 }
 
 extern "C" int hfa_store_kv(const HfaStoreKvArgs* args) {
