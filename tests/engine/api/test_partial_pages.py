@@ -12,19 +12,9 @@ import torch
 from hf_accel import Engine, SamplingParams
 from hf_accel.config import FaultInjection
 
-from .test_engine_api import greedy, hf_greedy, ids_of
+from .hf_answers import greedy, hf_greedy, ids_of
 
 CHECKED = FaultInjection(check_integrity=True)
-
-
-@pytest.fixture
-def model(tiny_llama):
-    """Weights large enough for greedy tokens that depend on the whole history."""
-    with torch.no_grad():
-        for parameter in tiny_llama.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(5.0)
-    return tiny_llama
 
 
 @pytest.fixture(
