@@ -1,20 +1,16 @@
 #include "gemm.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 
 #include "gemm_amx.h"
 #include "gemm_packed.h"
 #include "gemm_tile.h"
+#include "packed_memory.h"
 
 using namespace hfa;
 
 namespace {
-
-constexpr int64_t kHugePage = 2 << 20;
 
 std::atomic<bool> amx_wanted{true};
 
@@ -56,13 +52,8 @@ HfaPacked* hfa_packed_create(int64_t num_columns, int64_t depth, int32_t dtype, 
   const int64_t steps = !dtype ? depth : tiled ? amx::steps_of(depth) * (amx::kDepth / 2) : ceil_div(depth, 2);
   const int64_t panel_bytes = steps * kStepBytes;
   const int64_t size = panels * panel_bytes + (with_bias ? panels * kPanel * 4 : 0);
-  const int64_t rounded_size = ceil_div(size, kHugePage) * kHugePage;
-  // Huge pages from the kernel where it gives them: fewer TLB misses on a weight that is read end to end.
-  const int64_t align = size >= kHugePage ? kHugePage : 4096;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, align, align == kHugePage ? rounded_size : size)) return nullptr;
-  if (align == kHugePage) madvise(memory, rounded_size, MADV_HUGEPAGE);
-  std::memset(memory, 0, size);
+  void* memory = weight_memory(size);
+  if (!memory) return nullptr;
   char* weights = static_cast<char*>(memory);
   float* bias = with_bias ? reinterpret_cast<float*>(weights + panels * panel_bytes) : nullptr;
   return new HfaPacked{num_columns, depth, panels, panel_bytes, dtype, tiled, size, weights, bias};
@@ -70,7 +61,7 @@ HfaPacked* hfa_packed_create(int64_t num_columns, int64_t depth, int32_t dtype, 
 
 void hfa_packed_destroy(HfaPacked* packed) {
   if (!packed) return;
-  std::free(packed->weights);
+  release_weight_memory(packed->weights);
   delete packed;
 }
 

@@ -180,17 +180,19 @@ inline void finish_rows(const HfaPacked& w, const HfaLinearArgs& args, int64_t p
     finish<bf16, bf16>(w, args, panel, first, rows, c);
 }
 
-// Up to 32 rows: each strip is read once, from memory as a rule.
+// Few rows: each strip passes all of them once, whole, while what follows it in memory is fetched.
 inline void stream_panel(const HfaPacked& w, const HfaLinearArgs& args, int64_t panel, int64_t first, int64_t rows,
                          const char* a, float* c) {
   const int64_t steps = steps_of(w.depth), strip = steps * kTile;
   const char* b = w.weights + panel * w.panel_bytes;
   Next none = {nullptr, 0};
+  fetch_output<bf16>(w, args, panel, first, rows);
   if (rows <= kSide) {
     wide<true>(a, b, strip, steps, c, false, none);
   } else {
-    square<true>(a, strip, b, strip, steps, c, false, none);
-    square<true>(a, strip, b + 2 * strip, strip, steps, c + 32, false, none);
+    for (int64_t half = 0; half < 2; ++half, b += 2 * strip)
+      for (int64_t m = 0; m < rows; m += 2 * kSide)
+        (m ? square<false> : square<true>)(a + m / kSide * strip, strip, b, strip, steps, c + m * kPanel + 32 * half, false, none);
   }
   finish_rows(w, args, panel, first, rows, c);
 }
@@ -204,14 +206,23 @@ inline void block_panel(const HfaPacked& w, const HfaLinearArgs& args, int64_t p
   for (int64_t k = 0; k < steps; k += kBlockSteps) {
     const int64_t count = steps - k < kBlockSteps ? steps - k : kBlockSteps;
     const char *ak = a + k * kTile, *bk = b + k * kTile;
+    const bool last = k + count == steps;
     for (int64_t half = 0; half < 2; ++half)
-      for (int64_t t = 0; t + 1 < tiles; t += 2)
-        square<false>(ak + t * strip, strip, bk + 2 * half * strip, strip, count, c + t * kSide * kPanel + 32 * half,
-                      k > 0, next);
-    if (tiles % 2) wide<false>(ak + (tiles - 1) * strip, bk, strip, count, c + (tiles - 1) * kSide * kPanel, k > 0, next);
+      for (int64_t t = 0; t < tiles; t += 2) {
+        float* sums = c + t * kSide * kPanel;
+        const int64_t m = t * kSide, height = rows - m < 2 * kSide ? rows - m : 2 * kSide;
+        if (last && half) fetch_output<bf16>(w, args, panel, first + m, height);
+        if (t + 1 < tiles)
+          square<false>(ak + t * strip, strip, bk + 2 * half * strip, strip, count, sums + 32 * half, k > 0, next);
+        else if (half)
+          wide<false>(ak + t * strip, bk, strip, count, sums, k > 0, next);
+        if (last && half) finish_rows(w, args, panel, first + m, height, sums);
+      }
   }
-  finish_rows(w, args, panel, first, rows, c);
 }
+
+// Measured: above, the next panel has to be fetched while this one is in use; long strips do not stay in L1 either way.
+inline bool streams(int64_t rows, int64_t depth) { return rows <= 64 || (rows <= 256 && depth > 1536); }
 
 inline int64_t choose_block(int64_t num_rows, int64_t depth) {
   int64_t limit = kBlockBytes / (steps_of(depth) * kTile) * kSide;
@@ -232,7 +243,7 @@ inline void run(const HfaPacked& w, const HfaLinearArgs& args) {
     pack_rows(x + first * args.x_stride, args.x_stride, rows, w.depth, out);
     asm volatile("" : : : "memory");  // the tile loads do not tell the compiler that they read this
   };
-  char* packed = row_scratch.get<char>((together ? ceil_div(args.num_rows, kSide) : block / kSide) * tile_row);
+  char* packed = row_scratch.get<char>((together ? ceil_div(args.num_rows, 2 * kSide) * 2 : block / kSide) * tile_row);
   if (together)
     split_items(ceil_div(args.num_rows, kSide), args.num_threads, [&](int64_t begin, int64_t end) {
       pack_tiles(begin * kSide, end * kSide, packed + begin * tile_row);
@@ -246,7 +257,7 @@ inline void run(const HfaPacked& w, const HfaLinearArgs& args) {
       const int64_t rows = args.num_rows - first < block ? args.num_rows - first : block;
       if (!together && panel == 0) pack_tiles(first, first + rows, packed);
       const char* a = together ? packed + first / kSide * tile_row : packed;
-      (rows <= 2 * kSide ? stream_panel : block_panel)(w, args, panel, first, rows, a, sums);
+      (streams(rows, w.depth) ? stream_panel : block_panel)(w, args, panel, first, rows, a, sums);
     }
   });
 }
