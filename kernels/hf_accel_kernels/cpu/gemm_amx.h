@@ -211,7 +211,6 @@ inline void block_panel(const HfaPacked& w, const HfaLinearArgs& args, int64_t p
       for (int64_t t = 0; t < tiles; t += 2) {
         float* sums = c + t * kSide * kPanel;
         const int64_t m = t * kSide, height = rows - m < 2 * kSide ? rows - m : 2 * kSide;
-        if (last && half) fetch_output<bf16>(w, args, panel, first + m, height);
         if (t + 1 < tiles)
           square<false>(ak + t * strip, strip, bk + 2 * half * strip, strip, count, sums + 32 * half, k > 0, next);
         else if (half)
@@ -222,7 +221,7 @@ inline void block_panel(const HfaPacked& w, const HfaLinearArgs& args, int64_t p
 }
 
 // Measured: above, the next panel has to be fetched while this one is in use; long strips do not stay in L1 either way.
-inline bool streams(int64_t rows, int64_t depth) { return rows <= 64 || (rows <= 256 && depth > 1536); }
+inline bool streams(int64_t rows, int64_t depth) { return rows <= 64 || (rows <= 192 && depth > 1536); }
 
 inline int64_t choose_block(int64_t num_rows, int64_t depth) {
   int64_t limit = kBlockBytes / (steps_of(depth) * kTile) * kSide;

@@ -1,6 +1,7 @@
 // The packed weight as the gemm_*.h files see it, and what they share.
 #pragma once
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <cstdlib>
 #include <new>
@@ -44,6 +45,8 @@ void split_items(int64_t count, int32_t num_threads, F f) {
   }
 }
 
+constexpr int64_t kHugePage = 2 << 20;
+
 // Memory of one thread that grows and is kept for the next call; what it held is lost when it grows.
 class Scratch {
  public:
@@ -51,12 +54,14 @@ class Scratch {
 
   template <typename T>
   T* get(int64_t count) {
-    const int64_t size = ceil_div(count * int64_t(sizeof(T)), 4096) * 4096;
+    const int64_t bytes = count * int64_t(sizeof(T)), unit = bytes < kHugePage / 4 ? 4096 : kHugePage;
+    const int64_t size = ceil_div(bytes, unit) * unit;
     if (size > capacity_) {
       std::free(memory_);
       capacity_ = 0;
-      memory_ = std::aligned_alloc(4096, size);
+      memory_ = std::aligned_alloc(unit, size);
       if (!memory_) throw std::bad_alloc();
+      if (unit == kHugePage) madvise(memory_, size, MADV_HUGEPAGE);
       capacity_ = size;
     }
     return static_cast<T*>(memory_);
