@@ -9,7 +9,10 @@ namespace hfa {
 
 constexpr int64_t kActivationBytes = 384 << 10;  // of x per pass over the weights: stays in a 1 MiB L2 beside a panel
 constexpr int64_t kPanelBytes = 256 << 10;       // of one panel per pass over the rows
-constexpr int64_t kStreamAhead = 512;            // bytes fetched ahead when a panel is read only once
+constexpr int64_t kStreamAhead = 1024;           // bytes fetched ahead in each stream when a panel is read only once
+constexpr int64_t kStreams = 2;
+constexpr int64_t kFewTiles = 3;
+constexpr int kStreaming = kStepBytes / 64;      // lines of a step
 
 // One step along K: a row of the panel times one element (or pair) of each of Rows activations.
 template <int Rows>
@@ -79,54 +82,69 @@ inline void close_tile(const vfloat (&acc)[Rows][kPanelVectors], float* c) {
     for (int v = 0; v < kPanelVectors; ++v) store(c + m * kPanel + v * kWidth, acc[m][v]);
 }
 
-// c [Rows, kPanel] (+)= a [Rows, depth] x panel part b. Lines `ahead` + [0, Lines) are fetched at each step, so that the
-// panel that comes next is in L2 when its turn comes.
+// Lines to fetch at each step along K: `lines` of them, at `at` and `step` bytes further each time. Streaming (a panel that
+// is read once): the lines some way after those being read, and at the end of a stream its successor's, `jump` further on.
+struct Ahead {
+  const char* at;
+  int64_t step, jump;
+};
+
+// f(k, b) over `steps` steps along K of a panel part, in kStreams places in turn: the processor's prefetchers follow each
+// within its page, so several get more from memory than one. The order is the same for any number of rows, so are the sums.
+template <int Lines, typename F>
+inline void walk(const char* b, int64_t steps, Ahead ahead, F f) {
+  const int64_t length = steps / kStreams;
+  for (int64_t i = 0; i < length; ++i) {
+    const int64_t distance = kStreamAhead + (i + kStreamAhead / kStepBytes < length ? 0 : ahead.jump);
+    for (int64_t s = 0, k = i; s < kStreams; ++s, k += length) {
+      const char* p = b + k * kStepBytes;
+#pragma GCC unroll 4
+      for (int l = 0; l < Lines; ++l) prefetch((Lines == kStreaming ? p + distance : ahead.at) + 64 * l);
+      ahead.at += ahead.step;
+      f(k, p);
+    }
+  }
+  for (int64_t k = length * kStreams; k < steps; ++k) f(k, b + k * kStepBytes);
+}
+
+// c [Rows, kPanel] (+)= a [Rows, depth] x panel part b.
 template <int Rows, int Lines>
-void tile(const float* x, int64_t x_stride, const char* b, int64_t depth, float* c, bool add, const char* ahead,
-          int64_t ahead_step) {
+void tile(const float* x, int64_t x_stride, const char* b, int64_t depth, float* c, bool add, Ahead ahead) {
   const float* a[Rows];
   vfloat acc[Rows][kPanelVectors];
   for (int m = 0; m < Rows; ++m) a[m] = x + m * x_stride;
   open_tile<Rows>(acc, c, add);
-  for (int64_t i = 0; i < depth; ++i, b += kStepBytes, ahead += ahead_step) {
-#pragma GCC unroll 4
-    for (int l = 0; l < Lines; ++l) prefetch(ahead + 64 * l);
-    step<Rows>(acc, a, i, b);
-  }
+  walk<Lines>(b, depth, ahead, [&](int64_t k, const char* p) { step<Rows>(acc, a, k, p); });
   close_tile<Rows>(acc, c);
 }
 
 template <int Rows, int Lines>
-void tile(const bf16* x, int64_t x_stride, const char* b, int64_t depth, float* c, bool add, const char* ahead,
-          int64_t ahead_step) {
+void tile(const bf16* x, int64_t x_stride, const char* b, int64_t depth, float* c, bool add, Ahead ahead) {
   const bf16* a[Rows];
   vfloat acc[Rows][kPanelVectors];
   for (int m = 0; m < Rows; ++m) a[m] = x + m * x_stride;
   open_tile<Rows>(acc, c, add);
   uint32_t pair[Rows];
-  int64_t i = 0;
-  for (; i + 1 < depth; i += 2, b += kStepBytes, ahead += ahead_step) {
-#pragma GCC unroll 4
-    for (int l = 0; l < Lines; ++l) prefetch(ahead + 64 * l);
+  walk<Lines>(b, depth / 2, ahead, [&](int64_t k, const char* p) {
 #pragma GCC unroll 8
-    for (int m = 0; m < Rows; ++m) std::memcpy(&pair[m], a[m] + i, 4);
-    step_pair<Rows>(acc, pair, b);
-  }
-  if (i < depth) {
-    for (int m = 0; m < Rows; ++m) pair[m] = a[m][i].bits;
-    step_pair<Rows>(acc, pair, b);
+    for (int m = 0; m < Rows; ++m) std::memcpy(&pair[m], a[m] + 2 * k, 4);
+    step_pair<Rows>(acc, pair, p);
+  });
+  if (depth % 2) {
+    for (int m = 0; m < Rows; ++m) pair[m] = a[m][depth - 1].bits;
+    step_pair<Rows>(acc, pair, b + depth / 2 * kStepBytes);
   }
   close_tile<Rows>(acc, c);
 }
 
 template <typename T>
-using Tile = void (*)(const T*, int64_t, const char*, int64_t, float*, bool, const char*, int64_t);
+using Tile = void (*)(const T*, int64_t, const char*, int64_t, float*, bool, Ahead);
 
-// By rows - 1, then by lines fetched a step: 1, 2, 4.
+// By rows - 1, then by lines fetched a step: 0, 1, kStreaming.
 template <typename T>
 const Tile<T> kTiles[kTileRows][3] = {
-    {tile<1, 1>, tile<1, 2>, tile<1, 4>}, {tile<2, 1>, tile<2, 2>, tile<2, 4>}, {tile<3, 1>, tile<3, 2>, tile<3, 4>},
-    {tile<4, 1>, tile<4, 2>, tile<4, 4>}, {tile<5, 1>, tile<5, 2>, tile<5, 4>}, {tile<6, 1>, tile<6, 2>, tile<6, 4>},
+    {tile<1, 0>, tile<1, 1>, tile<1, kStreaming>}, {tile<2, 0>, tile<2, 1>, tile<2, kStreaming>}, {tile<3, 0>, tile<3, 1>, tile<3, kStreaming>},
+    {tile<4, 0>, tile<4, 1>, tile<4, kStreaming>}, {tile<5, 0>, tile<5, 1>, tile<5, kStreaming>}, {tile<6, 0>, tile<6, 1>, tile<6, kStreaming>},
 };
 
 struct Blocking {
@@ -152,23 +170,22 @@ template <typename T>
 void panel_block(const HfaPacked& w, const HfaLinearArgs& args, const Blocking& blocking, int64_t panel, int64_t first,
                  int64_t rows, float* c) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const int lines = tiles == 1 ? 2 : tiles <= 3 ? 1 : 0;
   const T* x = static_cast<const T*>(args.x) + first * args.x_stride;
   const char* weights = w.weights + panel * w.panel_bytes;
   const int64_t row_bytes = sizeof(T) * kPanel;
   for (int64_t k = 0; k < w.depth; k += blocking.depth) {
     const int64_t depth = std::min(blocking.depth, w.depth - k);
     const char* b = weights + k * row_bytes;
-    // One tile alone streams; with more, each fetches its share of the next part.
-    const int64_t part = depth * row_bytes;
-    const char* next = tiles == 1 ? b + kStreamAhead : b + part;
+    // The first of few tiles streams, the others find the panel in L2; of many, each fetches its share of the next part.
+    const int64_t part = depth * row_bytes, jump = part - part / kStreams;
     const bool last = k + depth == w.depth, only = last && k == 0;
     for (int64_t t = 0, m = 0; t < tiles; ++t) {
       const int64_t count = rows / tiles + (t < rows % tiles);
       float* sums = only ? c : c + m * kPanel;
+      const int lines = tiles > kFewTiles ? 1 : t == 0 ? 2 : 0;
       if (last) fetch_output<T>(w, args, panel, first + m, count);
       kTiles<T>[count - 1][lines](x + m * args.x_stride + k, args.x_stride, b, depth, sums, k > 0,
-                                  next + t * (part / tiles), kStepBytes / tiles);
+                                  Ahead{b + part + t * (part / tiles), kStepBytes / tiles, jump});
       if (last && args.out_float32) finish<T, float>(w, args, panel, first + m, count, sums);
       if (last && !args.out_float32) finish<T, T>(w, args, panel, first + m, count, sums);
       m += count;
