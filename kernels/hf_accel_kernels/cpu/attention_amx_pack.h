@@ -47,19 +47,14 @@ HFA_INLINE void memory_barrier() { asm volatile("" ::: "memory"); }
 struct AmxBuffers {
   int64_t q_steps;      // tiles along head_dim
   int64_t value_tiles;  // tiles along v_head_dim, even
-  int64_t k_row_bytes;
   uint32_t* q;  // [row tiles][q_steps] tiles: 16 pairs along head_dim x 16 rows
   uint32_t* v;  // [tiles of keys][value_tiles][VALUE_STEPS] tiles: 16 columns x 16 pairs of keys
-  bf16* k;      // [AMX_RUN, q_steps * 32] copy, or null: keys are read from the pages
-  const bf16* key_tiles[AMX_RUN / 16];
+  uint32_t* k;  // [tiles of 16 keys][q_steps] tiles: 16 keys x 16 pairs along head_dim
   float* acc;   // [row tiles][value_tiles] tiles: 16 columns x 16 rows
-  float* s;     // [2][AMX_TILE][16]: of two row tiles
-  uint32_t* p;  // [2][AMX_TILE / 2][16] pairs of keys
+  float* s;     // [2 units][2 row tiles][AMX_TILE][16]
+  uint32_t* p;  // [2 units][2 row tiles][AMX_TILE / 2][16] pairs of keys
   int* position;  // [rows] of the row's token in its sequence
 };
-
-// Sixteen keys of a page lie evenly spaced, whole tiles along head_dim.
-inline bool keys_from_pages(const HfaAttentionArgs& a) { return a.page_size % 16 == 0 && a.head_dim % 32 == 0; }
 
 inline AmxBuffers take_amx_buffers(const HfaAttentionArgs& a, int64_t num_rows, Scratch& scratch) {
   AmxBuffers buf;
@@ -68,11 +63,10 @@ inline AmxBuffers take_amx_buffers(const HfaAttentionArgs& a, int64_t num_rows, 
   buf.value_tiles = round_up(a.v_head_dim, 32) / 16;
   buf.q = scratch.take<uint32_t>(row_tiles * buf.q_steps * TILE_WORDS);
   buf.v = scratch.take<uint32_t>(AMX_RUN / AMX_TILE * buf.value_tiles * VALUE_STEPS * TILE_WORDS);
-  buf.k = keys_from_pages(a) ? nullptr : scratch.take<bf16>(AMX_RUN * buf.q_steps * 32);
-  buf.k_row_bytes = buf.k ? buf.q_steps * TILE_ROW_BYTES : int64_t(a.head_dim) * 2;
+  buf.k = scratch.take<uint32_t>(AMX_RUN / 16 * buf.q_steps * TILE_WORDS);
   buf.acc = scratch.take<float>(row_tiles * buf.value_tiles * TILE_WORDS);
-  buf.s = scratch.take<float>(2 * AMX_TILE * 16);
-  buf.p = scratch.take<uint32_t>(AMX_TILE * 16);
+  buf.s = scratch.take<float>(4 * AMX_TILE * 16);
+  buf.p = scratch.take<uint32_t>(2 * AMX_TILE * 16);
   buf.position = scratch.take<int>(row_tiles * 16);
   return buf;
 }
@@ -80,7 +74,7 @@ inline AmxBuffers take_amx_buffers(const HfaAttentionArgs& a, int64_t num_rows, 
 inline int64_t amx_scratch_bytes(const HfaAttentionArgs& a) {
   const int64_t rows = round_up(std::max<int64_t>(AMX_BLOCK_ROWS, a.num_heads / a.num_kv_heads), 16);
   const int64_t k_width = round_up(a.head_dim, 32), v_width = round_up(a.v_head_dim, 32);
-  return (rows + AMX_RUN) * (k_width * 2 + v_width * 4) + AMX_TILE * 16 * 12 + rows * 4 + 7 * 64;
+  return (rows + AMX_RUN) * (k_width * 2 + v_width * 4) + AMX_TILE * 16 * 24 + rows * 4 + 7 * 64;
 }
 
 // Sixteen rows of bf16 -> tiles of 16 pairs x 16 rows, zeros beyond num_columns; null rows are zero.
@@ -135,19 +129,21 @@ inline void pack_amx_values(const Rows<bf16>& rows, int v_head_dim, uint32_t* ti
     }
 }
 
-// Keys and values [begin, end) of a run. Keys in the pages stay there; beyond the last key they may hold anything.
+// A tile of keys -> tiles of 16 keys x 16 pairs: a product that streams them finds them side by side.
+inline void pack_amx_keys(const Rows<bf16>& rows, int head_dim, int64_t q_steps, uint32_t* to) {
+  for (int t = 0; t < round_up(rows.count, 16); ++t)
+    for (int c = 0; c < head_dim; c += 32)
+      storeu(to + (t / 16 * q_steps + c / 32) * TILE_WORDS + t % 16 * 16,
+             Bf16Pairs::load_words_n(rows.k[t] + c, std::min(32, head_dim - c)));
+}
+
+// Keys and values [begin, end) of a run.
 inline void pack_run(const HfaAttentionArgs& a, const Block& b, int begin, int end, AmxBuffers& buf) {
   Rows<bf16> rows;
-  for (int t0 = 0; begin + t0 < end; t0 += AMX_TILE) {
-    rows.resolve(a, b, begin + t0, std::min(end, begin + t0 + AMX_TILE));
-    pack_amx_values(rows, a.v_head_dim, buf.v + t0 / AMX_TILE * buf.value_tiles * VALUE_STEPS * TILE_WORDS);
-    const int64_t width = buf.q_steps * 32;
-    for (int t = 0; buf.k && t < round_up(rows.count, 16); ++t) {
-      bf16* const to = buf.k + (t0 + t) * width;
-      for (int c = 0; c < width; c += 32)
-        storeu(to + c, Bf16Pairs::load_words_n(rows.k[t] + c, std::max(0, std::min(32, a.head_dim - c))));
-    }
-    for (int t = 0; t < rows.count; t += 16) buf.key_tiles[(t0 + t) / 16] = buf.k ? buf.k + (t0 + t) * width : rows.k[t];
+  for (int t = 0; begin + t < end; t += AMX_TILE) {
+    rows.resolve(a, b, begin + t, std::min(end, begin + t + AMX_TILE));
+    pack_amx_keys(rows, a.head_dim, buf.q_steps, buf.k + t / 16 * buf.q_steps * TILE_WORDS);
+    pack_amx_values(rows, a.v_head_dim, buf.v + t / AMX_TILE * buf.value_tiles * VALUE_STEPS * TILE_WORDS);
   }
 }
 
