@@ -7,7 +7,6 @@ import signal
 from typing import Any
 
 import pytest
-import torch
 
 from hf_accel import Engine, SamplingParams
 from hf_accel.config import FaultInjection
