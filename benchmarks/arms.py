@@ -6,7 +6,6 @@ whole workload. Knows no clock, except the cap of the one-by-one arm.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import hf_accel
+from benchmarks.hf_versions import forget_prefixes, page_size_option
 from benchmarks.models import BenchmarkModel
 from benchmarks.workloads import Workload
 
@@ -175,16 +175,19 @@ class ContinuousBatching(Arm):
             num_return_sequences=workload.n,
             **self._how(),
         )
+        plain = self.model.config._attn_implementation
         self._manager = self.model.init_continuous_batching(
             generation_config=config,
             continuous_batching_config=ContinuousBatchingConfig(
-                **{_page_size_option(): CB_PAGE_SIZE},
+                **{page_size_option(): CB_PAGE_SIZE},
                 num_blocks=num_blocks,
                 max_batch_tokens=max_batch_tokens,
                 allow_block_sharing=True,
             ),
         )
         self._manager.warmup()
+        self._attentions = (plain, self.model.config._attn_implementation)
+        self.model.set_attn_implementation(plain)  # 5.17's paged one refuses the other arms' forwards on this model
         self._num_matched = 0
         cache = self._manager.batch_processor.cache
         match = cache.search_prefix_match
@@ -197,8 +200,9 @@ class ContinuousBatching(Arm):
         cache.search_prefix_match = counted
 
     def reset(self) -> None:
-        self._manager.batch_processor.cache.free_all_requests(clear_ledgers=True)
+        forget_prefixes(self._manager.batch_processor.cache)
         self._num_matched = 0
+        self.model.set_attn_implementation(self._attentions[1])
         self._manager.start()
         time.sleep(THREAD_START_SECONDS)
 
@@ -209,6 +213,7 @@ class ContinuousBatching(Arm):
 
     def pause(self) -> None:
         self._manager.stop(block=True, keep_for_next_session=True)
+        self.model.set_attn_implementation(self._attentions[0])
 
     def close(self) -> None:
         self.model.destroy_cached_continuous_batching_manager()
@@ -271,12 +276,6 @@ class HFAccelNoCache(HFAccel):
 
     name = "hf_accel_nocache"
     config: ClassVar[dict[str, Any]] = {"enable_prefix_cache": False}
-
-
-def _page_size_option() -> str:
-    """transformers renamed it between 5.17 and 5.23."""
-    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
-    return "page_size" if "page_size" in known else "block_size"
 
 
 ARMS: dict[str, type[Arm]] = {

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.workloads import Workload
-from hf_accel.config import EngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV_PATH = ROOT / "benchmarks" / "results" / "side_by_side.csv"
@@ -32,7 +31,6 @@ COLUMNS = (
     *(f"cpu_speedup_{b}" for b in BASELINES),
     "hit_rate",
     "ideal_hit_rate",
-    "ideal_hit_rate_of_pages",
     "equal_outputs",
     "num_tokens",
     "num_tokens_wanted",
@@ -109,7 +107,7 @@ def speedup(record: ArmRecord, baseline: ArmRecord | None, clock: str) -> float 
 def make_rows(
     case: dict[str, Any], records: dict[str, ArmRecord], stamp: dict[str, Any], workload: Workload
 ) -> list[dict[str, Any]]:
-    """CSV rows of one case, an arm each. The second ideal is that of hf-accel's default page size."""
+    """CSV rows of one case, an arm each."""
     rows = []
     for arm, record in records.items():
         wall = [t.wall for t in record.timings.values()]
@@ -124,7 +122,6 @@ def make_rows(
             "tokens_per_second": _short(tokens_per_second),
             "hit_rate": _short(record.hit_rate),
             "ideal_hit_rate": _short(workload.ideal_hit_rate()),
-            "ideal_hit_rate_of_pages": _short(workload.ideal_hit_rate(EngineConfig().page_size)),
             "equal_outputs": _short(record.equal[0] / record.equal[1]) if record.equal[1] else "",
             "num_tokens": next(iter(record.timings.values())).num_tokens,
             "num_tokens_wanted": workload.num_generated_tokens,

@@ -85,14 +85,13 @@ class Workload:
         before = [] if g.parent is None else [*prompts[g.parent], *outputs[g.parent]]
         return [*before, *g.tokens]
 
-    def ideal_hit_rate(self, page_size: int = 1) -> float:
-        """Share of the prompt tokens that an engine need not compute, with an endless cache, if it shares whole pages only.
+    def ideal_hit_rate(self) -> float:
+        """Share of the prompt tokens that an engine need not compute, with an endless cache.
 
         Requests are taken in order: a request reuses its longest common prefix with everything computed before it, also
         in its own stage. A prompt's last token is always computed (its logits are wanted), a last output token never.
         """
-        saved = sum(common // page_size * page_size for common, _ in self._reuse())
-        return saved / self.num_prompt_tokens
+        return sum(common for common, _ in self._reuse()) / self.num_prompt_tokens
 
     def num_pages(self, page_size: int) -> int:
         """Pages that hold all its sequences at once, if whole pages of common prefixes are shared."""

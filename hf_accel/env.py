@@ -23,7 +23,7 @@ def report() -> dict[str, str]:
     for package in PACKAGES:
         version = _version(package)
         if version:
-            lines[package] = version
+            lines[package] = torch.__version__ if package == "torch" else version  # with its build: +cpu, +cu130
     name, features = _cpu()
     lines["processor"] = name
     lines["features"] = " ".join(features) or "none known"

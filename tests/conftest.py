@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from .tiny import make_tiny_llama
+
 torch.set_num_threads(1)
 
 
@@ -23,18 +25,4 @@ def _seed() -> None:
 @pytest.fixture
 def tiny_llama() -> torch.nn.Module:
     """A fresh Llama of random fp32 weights in eval mode: 2 layers, hidden 64, 4 query heads, 2 KV heads, 256 tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_tiny_llama()

@@ -26,8 +26,13 @@ POLICY = [
     "hf_accel.scheduler.scheduler",
     "hf_accel.kv_cache",
     "hf_accel.kv_cache.allocator",
-    "hf_accel.kv_cache.radix",
+    "hf_accel.kv_cache.eviction_queue",
+    "hf_accel.kv_cache.holdings",
+    "hf_accel.kv_cache.integrity",
     "hf_accel.kv_cache.manager",
+    "hf_accel.kv_cache.prefix_match",
+    "hf_accel.kv_cache.radix",
+    "hf_accel.kv_cache.radix_node",
 ]
 
 

@@ -30,7 +30,7 @@ from hf_accel_kernels.packed import PackedLinear, pack, packed_linear
 SHAPES = {
     "qkv": (1280, 768), "o_proj": (768, 768), "gate_up": (4096, 768), "down": (768, 2048), "lm_head": (32000, 768),
 }  # fmt: skip
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024)
 COLD_BYTES = 160 << 20
 PAGE_SIZE = 16
 

@@ -189,8 +189,11 @@ class EngineCore:
             self._stepper = threading.get_ident()
             try:
                 output = self.scheduler.schedule()
-                for request_id in output.failed:
-                    self._tell(self.requests[request_id], StepResult())
+                try:
+                    self._copy_pages(output)
+                finally:
+                    for request_id in output.failed:
+                        self._tell(self.requests[request_id], StepResult())
                 if output.requests:
                     self._run(output, gate)
             finally:
@@ -201,6 +204,16 @@ class EngineCore:
                 self._condition.notify_all()
         if self.config.faults.check_integrity:
             self.scheduler.check_integrity()
+
+    def _copy_pages(self, output: SchedulerOutput) -> None:
+        """Make the copies that this step's admissions count on. Not part of `_run`, which may run a request twice."""
+        if not output.page_copies:
+            return
+        try:
+            self.executor.copy_pages(output.page_copies)
+        except BaseException:
+            self.scheduler.retract_all()
+            raise
 
     def _run(self, output: SchedulerOutput, gate: InterruptGate) -> None:
         requests = [self.requests[item.request_id] for item in output.requests]

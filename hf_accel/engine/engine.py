@@ -16,6 +16,7 @@ from hf_accel.engine.group import OutputGroup, make_output
 from hf_accel.engine.host import EngineHost
 from hf_accel.engine.outputs import ContinuationScore, RequestOutput, StreamChunk
 from hf_accel.engine.prompts import Prompt, PromptReader
+from hf_accel.engine.sampler import InvalidLogits
 from hf_accel.patching.registry import ModelSpec
 from hf_accel.request import Request, RequestStatus
 from hf_accel.sampling_params import SamplingParams
@@ -261,6 +262,8 @@ class Engine(EngineHost):
                 group.seal(request)
 
     def _on_step(self, request: Request, result: StepResult) -> None:
+        if isinstance(request.error, InvalidLogits):
+            self.forget_spoilt()
         group = self._group_of.get(request.request_id)
         if group is None:
             scoring.on_step(request, result)

@@ -47,6 +47,10 @@ class Executor:
         """The step's tensors; also takes over its page-table changes."""
         return self.builder.build(output)
 
+    def copy_pages(self, page_copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (source, destination) in all layers, as if one after the other."""
+        self.runner.pool.copy_pages(page_copies)
+
     @torch.inference_mode(False)  # the caller's mode must not mark the pool, the buffers or another caller's logits
     @torch.no_grad()
     def execute(self, batch: ForwardBatch, requests: Sequence[Request]) -> StepResult:

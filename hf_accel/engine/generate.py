@@ -24,7 +24,8 @@ from transformers.generation import (
 from hf_accel.engine import progress
 from hf_accel.engine.engine import Engine
 from hf_accel.engine.kv_export import export_kv
-from hf_accel.patching.eligibility import call_reason, model_reason, window_reason
+from hf_accel.engine.sampler import InvalidLogits
+from hf_accel.patching.eligibility import call_reason, model_reason, padding_reason, window_reason
 from hf_accel.request import Request
 from hf_accel.sampling_params import SamplingParams
 
@@ -87,8 +88,11 @@ def sample(
         if cache is not None:
             export_kv(engine, model, call.rows, result["sequences"], model_kwargs.get("attention_mask"), cache)
         return GenerateDecoderOnlyOutput(past_key_values=cache, **result)
+    except InvalidLogits:
+        pass  # HF goes on with the argmax of NaN, or raises torch's error
     finally:
         engine.close_rows(call.rows)
+    return fall_back("the model produced NaN or infinite logits")
 
 
 def _call_reason(
@@ -104,6 +108,7 @@ def _call_reason(
         model_reason(model)
         or call_reason(input_ids, config, synced_gpus, model_kwargs)
         or window_reason(engine.core.executor.runner.spec, model_kwargs.get("attention_mask"))
+        or padding_reason(model, input_ids, model_kwargs.get("attention_mask"))
     )
     if reason or config.compile_config is None:
         return reason
@@ -190,6 +195,9 @@ def _generate_in_lockstep(call: _Call) -> dict[str, Any]:
             for i, row_logits in zip(live, logits, strict=True):
                 last[i] = row_logits
             next_token_logits = torch.stack([x for x in last if x is not None]).to(device)
+            if input_ids is call.input_ids and bool(next_token_logits.isnan().any()):
+                call.engine.forget_spoilt()
+                raise InvalidLogits  # nothing has been drawn, streamed or processed yet
             next_token_scores = call.processors(input_ids, next_token_logits)
             if scores is not None:
                 scores += (next_token_scores,)

@@ -42,6 +42,7 @@ class EngineHost:
         self._fallbacks: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
         self._asleep = self._closed = False
+        self._num_spoilt = 0
         self._ids = itertools.count()  # outlives the core, so that no two requests of this engine share an id
         self._build(spec or read_spec(hf_model))
 
@@ -53,10 +54,7 @@ class EngineHost:
     @property
     def model(self) -> PreTrainedModel:
         """The model itself."""
-        model = self._model_ref()
-        if model is None:
-            raise RuntimeError("the engine's model was deleted")
-        return model
+        return self.core.executor.runner.model
 
     # ---- rows of generate calls --------------------------------------------------------------------------------
 
@@ -77,7 +75,8 @@ class EngineHost:
                 self._wake()
             version = self._tracker.version()
             self.core.executor.runner.prepare(version)
-            return (version, next(self._ids)) if has_user_hooks(self.model) else version
+            own_call = next(self._ids) if has_user_hooks(self.model) else None
+            return (version, self._num_spoilt, own_call)
 
     def begin_request(self) -> Hashable:
         """`begin_call` for requests that have no original code to fall back to.
@@ -129,6 +128,11 @@ class EngineHost:
         """Whether sequences of these lengths fit in the pool, and in the running batch, together."""
         pages = [-(-n // self.config.page_size) for n in lengths]
         return sum(pages) <= self.core.cache.num_pages and len(pages) <= self.config.max_num_seqs
+
+    def forget_spoilt(self) -> None:
+        """A forward gave NaN: no later call may share its KV. Masked attention carries NaN back to earlier tokens (0 * NaN)."""
+        with self.core.lock:
+            self._num_spoilt += 1
 
     def record_fallback(self, reason: str) -> None:
         """Count a call that the original code serves, and say why, once for each reason."""

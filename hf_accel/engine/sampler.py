@@ -65,6 +65,10 @@ class SampledToken:
     error: Exception | None = None
 
 
+class InvalidLogits(ValueError):
+    """The model's own logits of a row are NaN or infinite."""
+
+
 class Sampler:
     """Samples a batch of rows, each by its own parameters.
 
@@ -190,12 +194,13 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _invalid(logits: Tensor) -> ValueError:
+    """Why nothing could be chosen from what became of the model's `logits` [vocab_size]."""
     if bool(logits.isnan().any()):
-        return ValueError(
+        return InvalidLogits(
             "the model produced NaN logits for this request: look for NaN in its weights, or run it in a wider dtype"
         )
-    if bool(logits.isposinf().any()):
-        return ValueError("the model produced infinite logits for this request: run it in a wider dtype")
+    if not bool(logits.isfinite().any()) or bool(logits.isposinf().any()):
+        return InvalidLogits("the model produced infinite logits for this request: run it in a wider dtype")
     return ValueError(
         "no token can be sampled: after logits_processors, logit_bias, penalties and min_tokens every logit is -inf or "
         "NaN; let at least one token through"

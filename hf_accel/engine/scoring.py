@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,10 @@ def score(
                 )
             )
         engine.core.drive(lambda: all(row.awaiting_token or row.status.ended for row in rows))
-        return [_collect(row, len(base)) for row in rows]
+        scores = [_collect(row, len(base)) for row in rows]
+        if any(math.isnan(s.total) for s in scores):
+            engine.forget_spoilt()
+        return scores
     finally:
         engine.close_rows(rows)
 

@@ -104,7 +104,7 @@ class WeightTracker:
             self._weights_version += 1
 
     def close(self) -> None:
-        """Stop listening to optimizers; the process-wide hook goes with the last tracker."""
+        """Stop listening to optimizers; the process-wide hook goes with the last tracker, closed or collected."""
         _unwatch_optimizers(self)
 
     def _refresh(self) -> list[nn.Module]:
@@ -253,30 +253,48 @@ def _freeze(value: Any) -> Hashable:
 
 # -- optimizers --
 
-_TRACKERS: weakref.WeakSet[WeightTracker] = weakref.WeakSet()
-_HOOK: list[Any] = []  # the handle of the installed hook
-_HOOK_LOCK = threading.RLock()  # a finalizer may call close() while this thread holds it
+_TRACKERS: set[weakref.ref[WeightTracker]] = set()
+_HOOK: dict[str, Any] = {}  # the handle of the installed hook
+_HOOK_LOCK = threading.RLock()  # a finalizer may call close(), or a weakref's callback come, while this thread holds it
 
 
 def _watch_optimizers(tracker: WeightTracker) -> None:
     with _HOOK_LOCK:
-        _TRACKERS.add(tracker)
+        _TRACKERS.add(weakref.ref(tracker, _forget_collected))
         if not _HOOK:
-            _HOOK.append(register_optimizer_step_post_hook(_after_optimizer_step))
+            _HOOK["step"] = register_optimizer_step_post_hook(_after_optimizer_step)
 
 
 def _unwatch_optimizers(tracker: WeightTracker) -> None:
     with _HOOK_LOCK:
-        _TRACKERS.discard(tracker)
-        if not _TRACKERS and _HOOK:
-            _HOOK.pop().remove()
+        _TRACKERS.discard(weakref.ref(tracker))
+        if not _TRACKERS:
+            _remove_hook()
+
+
+def _forget_collected(ref: weakref.ref[WeightTracker]) -> None:
+    """A tracker was collected without `close`. That may be while torch walks its hooks, which must then stay as they are.
+
+    Alone, ours can go even then. Beside others it stays, with nothing to do, for the next tracker to find.
+    """
+    with _HOOK_LOCK:
+        _TRACKERS.discard(ref)
+        if not _TRACKERS and _HOOK and len(_HOOK["step"].hooks_dict_ref() or ()) == 1:
+            _remove_hook()
+
+
+def _remove_hook() -> None:
+    handle = _HOOK.pop("step", None)
+    if handle is not None:
+        handle.remove()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     with _HOOK_LOCK:
-        trackers = list(_TRACKERS)
+        trackers = [ref() for ref in list(_TRACKERS)]
     for tracker in trackers:
-        tracker._on_optimizer_step(optimizer)
+        if tracker is not None:
+            tracker._on_optimizer_step(optimizer)
 
 
 def _storage_addresses(tensor: torch.Tensor) -> Iterable[int]:

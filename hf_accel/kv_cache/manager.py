@@ -1,21 +1,28 @@
 """The only door to the KV pages: which request holds which, what is shared, and how room is made.
 
 Owns the free list and the prefix tree. Knows neither tensors nor the order in which requests run. A request's pages are
-a head that belongs to the prefix tree (matched, or committed by this request) and a tail of its own.
+a head that belongs to the prefix tree (matched, or committed by this request) and a tail of its own. Whole pages are
+shared; of the page after them a request gets a copy as far as its tokens agree, from the tree or from a running request.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from hf_accel.kv_cache.allocator import PageAllocator
-from hf_accel.kv_cache.radix import PageKey, RadixCache, RadixNode
+from hf_accel.kv_cache.holdings import Holding, NextPages
+from hf_accel.kv_cache.integrity import check_pages
+from hf_accel.kv_cache.prefix_match import PageTail, PrefixMatch
+from hf_accel.kv_cache.radix import RadixCache
+from hf_accel.kv_cache.radix_node import PageKey, RadixNode
 from hf_accel.request import Request
 
 PageUpdates: TypeAlias = tuple[tuple[int, int], ...]  # (index in the request's page table row, page id)
+PageCopies: TypeAlias = tuple[tuple[int, int], ...]  # (source page, destination page), one after the other
+
+MIN_TOKENS_WORTH_WAITING = 4
+"""A waiting request waits another step only for so many tokens that a running one is about to compute."""
 
 
 class PageStats(NamedTuple):
@@ -24,40 +31,6 @@ class PageStats(NamedTuple):
     num_total: int
     num_free: int
     num_cached: int
-
-
-@dataclass(frozen=True)
-class PrefixMatch:
-    """What the prefix cache has for a waiting request. Good until pages are next allocated.
-
-    Attributes:
-        num_tokens: cached tokens, a multiple of the page size.
-        in_flight: the next page after them is being computed by a running request: waiting makes it a hit.
-        num_unlocked_pages: pages that `admit` will take out of `num_available_pages`.
-    """
-
-    num_tokens: int
-    in_flight: bool
-    num_unlocked_pages: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class _Holding:
-    """The pages of one admitted request.
-
-    Attributes:
-        request: whose.
-        node: where its part of the prefix tree ends; locked once for this request.
-        page_ids: its pages in order.
-        num_committed: how many of them, from the start, belong to the tree.
-        next_page: (node, key) of the page that it computes next, when all tokens of that page are known.
-    """
-
-    request: Request
-    node: RadixNode
-    page_ids: list[int]
-    num_committed: int
-    next_page: tuple[RadixNode, PageKey] | None = None
 
 
 class KVCacheManager:
@@ -83,11 +56,10 @@ class KVCacheManager:
         self._enable_prefix_cache = enable_prefix_cache
         self._may_hit = enable_prefix_cache and not force_miss
         self._allocator = PageAllocator(num_pages)
-        self._tree = RadixCache()
-        self._holdings: dict[int, _Holding] = {}
-        # A tree position has one node that ends there for as long as someone holds it, so (node, next key) names a page
-        # that is being computed, whichever request looks for it.
-        self._in_flight: Counter[tuple[RadixNode, PageKey]] = Counter()
+        self._tree = RadixCache(page_size)
+        self._holdings: dict[int, Holding] = {}
+        self._next_pages = NextPages()
+        self._page_copies: list[tuple[int, int]] = []
 
     @property
     def num_available_pages(self) -> int:
@@ -114,20 +86,43 @@ class KVCacheManager:
 
         It leaves at least the last token to compute, and every token from `logits_from` on.
         """
-        limit_tokens = request.num_tokens - 1
+        limit = request.num_tokens - 1
         if request.logits_from is not None:
-            limit_tokens = min(limit_tokens, request.logits_from)
-        limit_pages = max(0, limit_tokens) // self.page_size
-        if not self._may_hit or limit_pages == 0 or request.namespace not in self._tree:
+            limit = min(limit, request.logits_from)
+        if not self._may_hit or limit <= 0 or request.namespace not in self._tree:
             return PrefixMatch(0, False)
-        page_keys = self._page_keys(request, limit_pages)
-        node, page_ids = self._tree.match(request.namespace, page_keys, limit_pages)
-        num_pages = len(page_ids)
-        in_flight = num_pages < limit_pages and (node, page_keys[num_pages]) in self._in_flight
-        return PrefixMatch(num_pages * self.page_size, in_flight, self._tree.count_unlocked(node))
+        limit_pages = limit // self.page_size
+        node, page_ids = self._tree.match(request.namespace, self._page_keys(request, limit_pages), limit_pages)
+        num_shared = len(page_ids) * self.page_size
+        tail, in_flight = self._match_tail(request, node, num_shared, limit)
+        num_unlocked = self._tree.count_unlocked(node)
+        if tail is None or num_unlocked >= self.num_available_pages:  # no page to copy it to
+            return PrefixMatch(num_shared, in_flight, num_unlocked)
+        return PrefixMatch(num_shared + tail.num_tokens, in_flight, num_unlocked, tail)
+
+    def _match_tail(self, request: Request, node: RadixNode, start: int, limit: int) -> tuple[PageTail | None, bool]:
+        """The longest run of the request's tokens [start, limit) that the pages below `node` begin with, and whether
+        waiting makes it longer."""
+        token_ids = request.token_ids
+        tokens = tuple(token_ids[start : min(limit, start + self.page_size)])
+        page_id, num_ready = self._tree.longest_common(node, tokens)
+        holding, num_known = self._next_pages.longest_common(node, tokens)
+        if holding is not None:
+            num_live = min(num_known, holding.request.num_computed_tokens - start)
+            if num_live > num_ready:
+                page_id, num_ready = holding.page_ids[holding.num_committed], num_live
+        tail = PageTail(page_id, num_ready) if num_ready else None
+        if holding is None or num_known <= num_ready:
+            return tail, False
+        first = start + num_ready
+        stop = min(first + MIN_TOKENS_WORTH_WAITING, limit)
+        worth = stop - first == MIN_TOKENS_WORTH_WAITING
+        return tail, worth and holding.request.token_ids[first:stop] == token_ids[first:stop]
 
     def admit(self, request: Request, match: PrefixMatch) -> PageUpdates:
         """Make the matched pages the head of the request's pages and protect them until `free`.
+
+        A tail becomes a page of the request's own, whose copy is among the next `take_page_copies`.
 
         Args:
             request: not admitted now.
@@ -137,14 +132,34 @@ class KVCacheManager:
             page-table updates.
         """
         assert request.request_id not in self._holdings, f"request {request.request_id} is admitted already"
-        num_pages = match.num_tokens // self.page_size
+        num_pages = match.num_shared_tokens // self.page_size
         node, page_ids = self._tree.match(request.namespace, self._page_keys(request, num_pages), num_pages)
         assert len(page_ids) == num_pages, f"stale match of request {request.request_id}: match again"
         self._tree.lock(node)
-        holding = _Holding(request, node, page_ids, num_pages)
+        if match.tail is not None:
+            assert not self._allocator.is_free(match.tail.source_page), "stale match: its tail is gone"
+            [page_id] = self._take_pages(1)
+            page_ids.append(page_id)
+            if page_id != match.tail.source_page:  # it is if the source was evicted just now
+                self._page_copies.append((match.tail.source_page, page_id))
+        holding = Holding(request, node, page_ids, num_pages)
         self._holdings[request.request_id] = holding
         self._note_next_page(holding)
         return tuple(enumerate(page_ids))
+
+    def take_page_copies(self) -> PageCopies:
+        """Hand over the copies that admissions since the last call need, in order.
+
+        They must be made before the next forward: a source may be free by now, or the destination of a later copy.
+        """
+        copies = tuple(self._page_copies)
+        self._page_copies.clear()
+        return copies
+
+    def pages_to_admit(self, request: Request, match: PrefixMatch) -> int:
+        """Available pages that it takes to admit a waiting request and compute all its known tokens."""
+        num_shared = match.num_shared_tokens // self.page_size
+        return self.pages_needed(None, request.num_tokens) - num_shared + match.num_unlocked_pages
 
     def pages_needed(self, request_id: int | None, num_tokens: int) -> int:
         """Pages that the request lacks to hold `num_tokens` tokens (None: a request that holds nothing)."""
@@ -160,11 +175,9 @@ class KVCacheManager:
         num_new = self.pages_needed(request_id, num_tokens)
         if num_new > self.num_available_pages:
             return None
-        if num_new > self._allocator.num_free:
-            self._allocator.free(self._tree.evict(num_new - self._allocator.num_free))
         page_ids = self._holdings[request_id].page_ids
         first = len(page_ids)
-        page_ids += self._allocator.allocate(num_new)
+        page_ids += self._take_pages(num_new)
         return tuple(enumerate(page_ids[first:], first))
 
     def commit(self, request: Request) -> PageUpdates:
@@ -180,15 +193,16 @@ class KVCacheManager:
         if not self._enable_prefix_cache:
             return ()
         updates: PageUpdates = ()
+        self._forget_next_page(holding)
         if last > first:
             page_keys = self._page_keys(request, last)[first:last]
             own_ids = holding.page_ids[first:last]
-            node, tree_ids = self._tree.insert(holding.node, page_keys, own_ids, owned=True)
+            node, tree_ids, dropped = self._tree.insert(holding.node, page_keys, own_ids, owned=True)
             self._tree.lock(node, below=holding.node)
             holding.node, holding.num_committed = node, last
             holding.page_ids[first:last] = tree_ids
             updates = tuple((i, new) for i, new, own in zip(range(first, last), tree_ids, own_ids) if new != own)
-            self._allocator.free(own_ids[i - first] for i, _ in updates)
+            self._allocator.free([*dropped, *(own_ids[i - first] for i, _ in updates)])
         self._note_next_page(holding)
         return updates
 
@@ -197,7 +211,8 @@ class KVCacheManager:
 
         Args:
             request: an admitted request.
-            cache: commit its full computed pages first; otherwise pages not committed yet are lost.
+            cache: commit its full computed pages first, and leave the partial page after them to the tree; otherwise
+                pages not committed yet are lost.
 
         Raises:
             KeyError: if the request holds nothing.
@@ -206,8 +221,13 @@ class KVCacheManager:
             self.commit(request)
         holding = self._holdings.pop(request.request_id)
         self._forget_next_page(holding)
+        own_ids = holding.page_ids[holding.num_committed :]
+        start = holding.num_committed * self.page_size
+        if cache and self._enable_prefix_cache and request.num_computed_tokens > start:
+            key = tuple(request.token_ids[start : request.num_computed_tokens])
+            own_ids = self._tree.insert_partial(holding.node, key, own_ids[0]) + own_ids[1:]
         self._tree.unlock(holding.node)
-        self._allocator.free(holding.page_ids[holding.num_committed :])
+        self._allocator.free(own_ids)
 
     def clear_namespace(self, namespace: Hashable) -> int:
         """Free the cached pages of a namespace that no request holds.
@@ -230,46 +250,18 @@ class KVCacheManager:
                 f"cannot flush the KV cache while {len(self._holdings)} request(s) run; abort them first"
             )
         self._allocator.free(self._tree.reset())
+        self._page_copies.clear()
 
     def check_integrity(self) -> None:
         """Verify that every page has one owner, and every lock and in-flight mark its request. O(pages)."""
-        self._allocator.check_integrity()
-        self._tree.check_integrity()
-        tree_pages = [page_id for node in self._tree.nodes() for page_id in node.page_ids]
-        own_pages: list[int] = []
-        locks: Counter[RadixNode] = Counter()
-        in_flight: Counter[tuple[RadixNode, PageKey]] = Counter()
-        for request_id, holding in self._holdings.items():
-            own_pages += holding.page_ids[holding.num_committed :]
-            path = holding.node.path()
-            locks.update(path)
-            assert holding.request.request_id == request_id
-            assert path[0].namespace == holding.request.namespace, f"request {request_id} left its namespace"
-            committed = [page_id for node in path for page_id in node.page_ids]
-            assert committed == holding.page_ids[: holding.num_committed], f"request {request_id} lost its tree pages"
-            keys = [key for node in path for key in node.page_keys]
-            assert keys == holding.request.page_keys[: len(keys)], f"request {request_id} holds pages of other tokens"
-            if holding.next_page is not None:
-                in_flight[holding.next_page] += 1
-        owned = set(own_pages).union(tree_pages)
-        assert len(owned) == len(own_pages) + len(tree_pages), "a page has two owners"
-        free_owned = [page_id for page_id in owned if self._allocator.is_free(page_id)]
-        assert not free_owned, f"free pages with an owner: {free_owned}"
-        num_lost = (
-            self._allocator.num_pages - self.num_available_pages - self._tree.num_protected_pages - len(own_pages)
-        )
-        assert num_lost == 0, f"{num_lost} pages lost"
-        for node in self._tree.nodes():
-            assert node.lock_count == locks.pop(node, 0), "a lock without a request"
-            assert node.page_ids or node.children or node.lock_count, "an empty namespace was kept"
-        assert not locks, "a request holds nodes that left the tree"
-        assert in_flight == self._in_flight, "in-flight marks differ from the running requests"
+        assert all(request_id == h.request.request_id for request_id, h in self._holdings.items())
+        check_pages(self._allocator, self._tree, list(self._holdings.values()), self._next_pages)
 
     def check_idle(self) -> None:
         """Verify that nothing is held: every page is free or evictable."""
         self.check_integrity()
         assert not self._holdings, f"requests still hold pages: {sorted(self._holdings)}"
-        assert self._tree.num_protected_pages == 0 and not self._in_flight
+        assert self._tree.num_protected_pages == 0
         assert self.num_available_pages == self._allocator.num_pages
 
     def _page_keys(self, request: Request, num_pages: int) -> list[PageKey]:
@@ -279,22 +271,22 @@ class KVCacheManager:
             keys.append(tuple(request.token_ids[start : start + size]))
         return keys
 
-    def _note_next_page(self, holding: _Holding) -> None:
-        """Mark the page after the committed ones as being computed, if its tokens are known."""
-        index = holding.num_committed
-        next_page: tuple[RadixNode, PageKey] | None = None
-        if self._enable_prefix_cache and holding.request.num_tokens >= (index + 1) * self.page_size:
-            next_page = (holding.node, self._page_keys(holding.request, index + 1)[index])
-        if next_page != holding.next_page:
-            self._forget_next_page(holding)
-            holding.next_page = next_page
-            if next_page is not None:
-                self._in_flight[next_page] += 1
+    def _take_pages(self, num_pages: int) -> list[int]:
+        """Take pages that `num_available_pages` has, evicting cached ones where needed."""
+        if num_pages > self._allocator.num_free:
+            self._allocator.free(self._tree.evict(num_pages - self._allocator.num_free))
+        return self._allocator.allocate(num_pages)
 
-    def _forget_next_page(self, holding: _Holding) -> None:
-        """Take back the mark that the request made, and no other's."""
-        if holding.next_page is not None:
-            self._in_flight[holding.next_page] -= 1
-            if not self._in_flight[holding.next_page]:
-                del self._in_flight[holding.next_page]
-            holding.next_page = None
+    def _note_next_page(self, holding: Holding) -> None:
+        """Enter the request's known tokens in the page after the committed ones."""
+        start = holding.num_committed * self.page_size
+        if self._enable_prefix_cache:
+            holding.next_key = tuple(holding.request.token_ids[start : start + self.page_size])
+        if holding.next_key:
+            self._next_pages.add(holding)
+
+    def _forget_next_page(self, holding: Holding) -> None:
+        """Take back the entry that the request made."""
+        if holding.next_key:
+            self._next_pages.remove(holding)
+            holding.next_key = ()

@@ -1,6 +1,6 @@
 """The KV cache's bytes: one tensor of key pages and one of value pages for each layer.
 
-Owns the memory, and giving it back and taking it again. Knows nothing about who holds which page (the allocator does)
+Owns the memory, copying pages, and giving it back and taking it again. Knows nothing about who holds which page (the allocator does)
 and never reads it. Slots are not zeroed: a backend reads only slots below a sequence's length, which were written.
 """
 
@@ -10,7 +10,7 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,13 @@ class MHAPool:
     def is_released(self) -> bool:
         return not self.k_pages and bool(self.layers)
 
+    def copy_pages(self, page_copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (source, destination) in every layer, as if one after the other."""
+        for batch in _independent(page_copies):
+            sources, destinations = torch.tensor(batch, device=self.device).unbind(1)  # [num_copies] each
+            for pages in (*self.k_pages, *self.v_pages):
+                pages.index_copy_(0, destinations, pages.index_select(0, sources))
+
     def release(self) -> None:
         """Give the memory back; the contents are lost. The caller must hold no tensor of the pool, and no page."""
         self.k_pages.clear()
@@ -101,6 +108,20 @@ class MHAPool:
         if self.device.type == "cpu" and pages.nbytes >= HUGE_PAGE:
             ask_for_huge_pages(pages)
         return pages
+
+
+def _independent(page_copies: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Cut a sequence of copies into batches that read all sources before they write, to the same effect."""
+    batch: list[tuple[int, int]] = []
+    written: set[int] = set()
+    for source, destination in page_copies:
+        if source in written or destination in written:
+            yield batch
+            batch, written = [], set()
+        batch.append((source, destination))
+        written.add(destination)
+    if batch:
+        yield batch
 
 
 @functools.cache

@@ -1,70 +1,34 @@
 """The prefix tree: which page holds the KV of which tokens, who holds it, and what goes first when room is needed.
 
 Follows RadixAttention (SGLang, arXiv 2312.07104) at page granularity. An edge's label is a list of page keys (the tuple
-of one full page's token ids), so nodes split between pages only. Knows neither requests nor the free list: the pages
-that it gives up are returned, and the caller frees them.
+of one full page's token ids), so nodes split between pages only. Below any node there may also be partial pages: leaves
+for good, never locked, since their users copy them. Among siblings no first key is a prefix of another. Knows neither
+requests nor the free list: the pages that it gives up are returned, and the caller frees them.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
-from typing import TypeAlias
 
-PageKey: TypeAlias = tuple[int, ...]
-
-
-class RadixNode:
-    """A run of pages below `parent`. As a handle it means "everything from the root to my last page".
-
-    Attributes:
-        parent: None for a root, and for a node that left the tree.
-        children: by the first page key of each.
-        page_keys: token ids of each page here.
-        page_ids: the page of each key.
-        lock_count: handles locked at this node or below it.
-        last_used: tick of the last use; exact for an unlocked leaf, may lag elsewhere (see `RadixCache.evict`).
-        queued: whether the eviction heap has an entry for it.
-        namespace: of a root (None elsewhere).
-    """
-
-    __slots__ = ("children", "last_used", "lock_count", "namespace", "page_ids", "page_keys", "parent", "queued")
-
-    def __init__(
-        self, parent: RadixNode | None, page_keys: list[PageKey], page_ids: list[int], namespace: Hashable = None
-    ) -> None:
-        self.parent = parent
-        self.children: dict[PageKey, RadixNode] = {}
-        self.page_keys = page_keys
-        self.page_ids = page_ids
-        self.lock_count = 0
-        self.last_used = 0
-        self.queued = False
-        self.namespace = namespace
-
-    def path(self) -> list[RadixNode]:
-        """The nodes from the root down to this one."""
-        nodes = []
-        node: RadixNode | None = self
-        while node is not None:
-            nodes.append(node)
-            node = node.parent
-        return nodes[::-1]
+from hf_accel.kv_cache.eviction_queue import EvictionQueue
+from hf_accel.kv_cache.radix_node import PageKey, RadixNode, closest_key, count_common
 
 
 class RadixCache:
-    """A tree for each namespace, one least-recently-used order over all of them."""
+    """A tree for each namespace, one least-recently-used order over all of them.
 
-    def __init__(self) -> None:
+    Args:
+        page_size: tokens in a full page.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
         self._roots: dict[Hashable, RadixNode] = {}
         self._num_evictable = 0
         self._num_protected = 0
         self._tick = 0
-        # Eviction candidates as (last_used when pushed, serial, node). An entry's time is never later than the node's
-        # and is corrected when it surfaces, so a use costs nothing here. Every unlocked leaf has exactly one entry.
-        self._heap: list[tuple[int, int, RadixNode]] = []
-        self._serial = itertools.count()
+        self._queue = EvictionQueue()
 
     @property
     def num_evictable_pages(self) -> int:
@@ -94,8 +58,8 @@ class RadixCache:
 
     def insert(
         self, node: RadixNode, page_keys: Sequence[PageKey], page_ids: Sequence[int], *, owned: bool = False
-    ) -> tuple[RadixNode, list[int]]:
-        """Add pages below `node`, where an earlier match or insert ended.
+    ) -> tuple[RadixNode, list[int], list[int]]:
+        """Add full pages below `node`, where an earlier match or insert ended.
 
         Args:
             node: where the keys continue.
@@ -104,8 +68,9 @@ class RadixCache:
             owned: the caller holds the one lock on `node`: a leaf may then grow in place, its handle stays true.
 
         Returns:
-            the node that ends at the last key, and the page that the tree holds for each key. Where that differs from
-            the given page the key was there before, and the given page stays the caller's.
+            the node that ends at the last key; the page that the tree holds for each key (where that differs from the
+            given page the key was there before, and the given page stays the caller's); and the pages that the tree gave
+            up, which are partial ones that the new pages extend.
         """
         assert len(page_keys) == len(page_ids), (len(page_keys), len(page_ids))
         assert node.parent is not None or self._roots.get(node.namespace) is node, (
@@ -114,18 +79,51 @@ class RadixCache:
         end, held = self._descend(node, page_keys, len(page_keys))
         rest_keys, rest_ids = list(page_keys[len(held) :]), list(page_ids[len(held) :])
         if not rest_keys:
-            return end, held
+            return end, held, []
+        dropped = self._drop_partial(end.child_that_starts(rest_keys[0]))
         if owned and end is node and node.parent is not None and not node.children and node.lock_count == 1:
             node.page_keys += rest_keys
             node.page_ids += rest_ids
             self._num_protected += len(rest_ids)
         else:
-            parent, end = end, RadixNode(end, rest_keys, rest_ids)
-            parent.children[rest_keys[0]] = end
-            end.last_used = self._tick
-            self._num_evictable += len(rest_ids)
-            self._queue_if_evictable(end)
-        return end, held + rest_ids
+            end = self._attach(RadixNode(end, rest_keys, rest_ids))
+        return end, held + rest_ids, dropped
+
+    def insert_partial(self, node: RadixNode, key: PageKey, page_id: int) -> list[int]:
+        """Add a partial page below `node`, unless a child holds its tokens already.
+
+        Args:
+            node: locked by the caller.
+            key: at least one token, fewer than a page holds.
+            page_id: its page.
+
+        Returns:
+            the pages that are the caller's now: the given one if it was not taken, and one that it extends if it was.
+        """
+        assert 0 < len(key) < self.page_size, f"{len(key)} tokens are no partial page of {self.page_size}"
+        assert node.lock_count > 0, "a partial page below a node that may leave the tree"
+        if node.child_that_continues(key) is not None:
+            return [page_id]
+        dropped = self._drop_partial(node.child_that_starts(key))
+        self._tick += 1
+        self._attach(RadixNode(node, [key], [page_id]))
+        return dropped
+
+    def longest_common(self, node: RadixNode, tokens: PageKey) -> tuple[int, int]:
+        """A page right below `node`, full or partial, that has the longest common beginning with `tokens`. O(log n).
+
+        For a partial page that counts as a use; a full page's node may go on with pages that are of no use here.
+
+        Returns:
+            its id, and how many tokens are common (0: none has one, the id is -1).
+        """
+        key, num_common = closest_key(node.child_keys, tokens)
+        if not num_common:
+            return -1, 0
+        child = node.children[key]
+        if len(key) < self.page_size:
+            child.last_used = self._tick
+        return child.page_ids[0], num_common
 
     def lock(self, node: RadixNode, *, below: RadixNode | None = None) -> None:
         """Protect every page from the root to `node`; with `below`, an ancestor locked by the caller, move that lock
@@ -171,13 +169,8 @@ class RadixCache:
             page ids, in the order in which they left.
         """
         evicted: list[int] = []
-        while len(evicted) < num_pages and self._heap:
-            last_used, _, node = heapq.heappop(self._heap)
-            node.queued = False
-            if last_used == node.last_used and node.lock_count == 0 and not node.children:
-                evicted += self._drop_tail(node, num_pages - len(evicted))
-            else:
-                self._queue_if_evictable(node)
+        while len(evicted) < num_pages and (node := self._queue.pop()) is not None:
+            evicted += self._drop_tail(node, num_pages - len(evicted))
         return evicted
 
     def clear_namespace(self, namespace: Hashable) -> list[int]:
@@ -190,19 +183,17 @@ class RadixCache:
         if root is None:
             return []
         dropped: list[int] = []
-        for node in reversed(list(_subtree(root))):  # children before their parents
+        for node in reversed(list(root.subtree())):  # children before their parents
             if node.lock_count > 0:
                 continue
             dropped += node.page_ids
             if node.parent is not None:
-                del node.parent.children[node.page_keys[0]]
-                node.parent = None
+                node.detach()
             else:
                 del self._roots[namespace]
         self._num_evictable -= len(dropped)
-        self._heap = [entry for entry in self._heap if entry[2].parent is not None]
-        heapq.heapify(self._heap)
-        for node in _subtree(root):
+        self._queue.purge()
+        for node in root.subtree():
             self._queue_if_evictable(node)
         return dropped
 
@@ -215,40 +206,42 @@ class RadixCache:
         assert all(root.lock_count == 0 for root in self._roots.values()), "reset under a lock"
         page_ids = [page_id for node in self.nodes() for page_id in node.page_ids]
         self._roots.clear()
-        self._heap.clear()
+        self._queue.clear()
         self._num_evictable = 0
         return page_ids
 
     def nodes(self) -> Iterator[RadixNode]:
         """Every node, roots included, parents before their children."""
         for root in self._roots.values():
-            yield from _subtree(root)
+            yield from root.subtree()
 
     def check_integrity(self) -> None:
-        """Verify the links, counts, locks and the eviction heap. O(pages)."""
-        seen: set[int] = set()
+        """Verify the links, keys, counts, locks and the eviction heap. O(pages)."""
+        self._queue.check_integrity(self.nodes())
         num_pages = num_evictable = 0
-        queued = {node: last_used for last_used, _, node in self._heap}
-        assert len(queued) == len(self._heap), "a node is in the eviction heap twice"
+        seen: set[int] = set()
         for node in self.nodes():
-            assert len(node.page_keys) == len(node.page_ids)
-            assert (node.parent is None) == (not node.page_ids), "only a root has no pages"
-            assert sum(child.lock_count for child in node.children.values()) <= node.lock_count, (
-                "lock not up to the root"
-            )
-            for first_key, child in node.children.items():
-                assert child.parent is node and child.page_keys[0] == first_key
+            self._check_node(node)
             seen.update(node.page_ids)
             num_pages += len(node.page_ids)
             num_evictable += len(node.page_ids) if node.lock_count == 0 else 0
-            assert node.queued == (node in queued)
-            if node.parent is not None and node.lock_count == 0 and not node.children:
-                assert node.queued and queued[node] <= node.last_used, "an unlocked leaf can never be evicted"
-            queued.pop(node, None)
-        assert not queued, "the eviction heap holds nodes that left the tree"
         assert len(seen) == num_pages, "a page is in the tree twice"
         assert (num_evictable, num_pages - num_evictable) == (self._num_evictable, self._num_protected)
         assert all(root.namespace == namespace for namespace, root in self._roots.items())
+
+    def _check_node(self, node: RadixNode) -> None:
+        assert len(node.page_keys) == len(node.page_ids)
+        assert (node.parent is None) == (not node.page_ids), "only a root has no pages"
+        assert sum(child.lock_count for child in node.children.values()) <= node.lock_count, "lock not up to the root"
+        for first_key, child in node.children.items():
+            assert child.parent is node and child.page_keys[0] == first_key
+        assert node.child_keys == sorted(node.children), "the sorted keys are not the children"
+        for key, after in itertools.pairwise(node.child_keys):  # a prefix comes right before what it begins
+            assert after[: len(key)] != key, "a page begins like its sibling's, and goes on"
+        sizes = {len(key) for key in node.page_keys}
+        if sizes - {self.page_size}:
+            assert len(node.page_ids) == 1 and 0 < sizes.pop() < self.page_size, "a partial page inside a run"
+            assert not node.children and not node.lock_count, "a partial page with a child or a lock"
 
     def _descend(self, node: RadixNode, page_keys: Sequence[PageKey], stop: int) -> tuple[RadixNode, list[int]]:
         """Follow `page_keys[:stop]` below `node` as far as the tree goes, marking the nodes as used."""
@@ -258,7 +251,8 @@ class RadixCache:
             child = node.children.get(page_keys[len(page_ids)])
             if child is None:
                 break
-            num_common = _count_common(child.page_keys, page_keys, len(page_ids), stop)
+            first = len(page_ids)
+            num_common = count_common(child.page_keys, page_keys[first : min(stop, first + len(child.page_keys))])
             if num_common < len(child.page_keys):
                 child = self._split(child, num_common)
             child.last_used = self._tick
@@ -272,25 +266,41 @@ class RadixCache:
         assert parent is not None
         upper = RadixNode(parent, node.page_keys[:num_pages], node.page_ids[:num_pages])
         upper.lock_count = node.lock_count
-        parent.children[upper.page_keys[0]] = upper
-        upper.children[node.page_keys[num_pages]] = node
-        node.parent = upper
+        parent.children[upper.page_keys[0]] = upper  # the key is the same, and keeps its place
         del node.page_keys[:num_pages], node.page_ids[:num_pages]
+        node.parent = upper
+        node.attach()
         return upper
+
+    def _attach(self, node: RadixNode) -> RadixNode:
+        """Put a new unlocked leaf below its parent."""
+        node.attach()
+        node.last_used = self._tick
+        self._num_evictable += len(node.page_ids)
+        self._queue_if_evictable(node)
+        return node
+
+    def _drop_partial(self, node: RadixNode | None) -> list[int]:
+        """Take a partial page that a new sibling extends out of the tree."""
+        if node is None:
+            return []
+        node.detach()
+        self._queue.note_left()
+        self._num_evictable -= 1
+        return node.page_ids
 
     def _drop_tail(self, node: RadixNode, num_pages: int) -> list[int]:
         """Take up to `num_pages` pages off the end of an unlocked leaf, which leaves the tree with its first page."""
-        parent, first_key = node.parent, node.page_keys[0]
+        parent = node.parent
         assert parent is not None
         first = max(0, len(node.page_ids) - num_pages)
         dropped = node.page_ids[first:]
-        del node.page_ids[first:], node.page_keys[first:]
         self._num_evictable -= len(dropped)
-        if node.page_ids:
+        if first:
+            del node.page_ids[first:], node.page_keys[first:]
             self._queue_if_evictable(node)
         else:
-            del parent.children[first_key]
-            node.parent = None
+            node.detach()
             self._queue_if_evictable(parent)
         return dropped[::-1]
 
@@ -301,23 +311,5 @@ class RadixCache:
         if node.parent is None:
             if self._roots.get(node.namespace) is node:
                 del self._roots[node.namespace]
-        elif not node.queued:
-            node.queued = True
-            heapq.heappush(self._heap, (node.last_used, next(self._serial), node))
-
-
-def _count_common(node_keys: list[PageKey], page_keys: Sequence[PageKey], start: int, stop: int) -> int:
-    """How many keys of a node agree with `page_keys[start:stop]`."""
-    length = min(len(node_keys), stop - start)
-    if node_keys[:length] == page_keys[start : start + length]:  # one C comparison in the usual case
-        return length
-    return next((i for i in range(length) if node_keys[i] != page_keys[start + i]), length)
-
-
-def _subtree(root: RadixNode) -> Iterator[RadixNode]:
-    """`root` and everything below it, parents before their children."""
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        yield node
-        stack.extend(node.children.values())
+        else:
+            self._queue.add(node)

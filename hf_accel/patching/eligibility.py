@@ -87,6 +87,23 @@ def window_reason(spec: ModelSpec, mask: torch.Tensor | None) -> str:
     )
 
 
+def padding_reason(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """Whether masked tokens have NaN embeddings: the engine leaves them out, in HF's attention 0 * NaN spoils their row."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if mask is None or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return ""
+    ids = input_ids[mask.to(input_ids.device) == 0]
+    if not len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < len(weight):
+        return ""
+    if bool((ids == ids[0]).all()):  # the padding token
+        ids = ids[:1]
+    return (
+        ""
+        if bool(weight[ids.to(weight.device)].isfinite().all())
+        else "a masked token whose embedding is NaN or infinite"
+    )
+
+
 def _checkpoints_activations(model: PreTrainedModel) -> bool:
     new_name = "is_activation_checkpointing"  # transformers 5.23; the old one warns there
     return bool(getattr(model, new_name if hasattr(type(model), new_name) else "is_gradient_checkpointing", False))

@@ -80,8 +80,11 @@ class Probe:
                 _current.reset(token)
         self.vocab_size = first.shape[-1]
         self._check_cache(model)
-        difference = float((first[-1] - second[-1]).abs().max())
-        if not difference <= LEAK_TOLERANCE * float(first[-1].abs().max()):
+        finite = first[-1].isfinite() & second[-1].isfinite()
+        first, second = first[-1][finite], second[-1][finite]
+        if not len(first):
+            self.problems.add("its logits are NaN or infinite: look for NaN in its weights, or run it in a wider dtype")
+        elif not float((first - second).abs().max()) <= LEAK_TOLERANCE * float(first.abs().max()):
             self.problems.add("tokens reach each other outside of attention (a convolution or recurrence)")
 
     def _forward(self, model: PreTrainedModel, first_id: int) -> torch.Tensor:

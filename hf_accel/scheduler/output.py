@@ -35,9 +35,12 @@ class SchedulerOutput:
         num_tokens: tokens in the step, over all requests.
         retracted: ids sent back to the waiting queue because pages ran out.
         failed: ids of requests that can never fit; their error is on the request.
+        page_copies: (source, destination) pages to copy in all layers, one after the other, once, before the forward;
+            also when no request is left in the step.
     """
 
     requests: tuple[ScheduledRequest, ...]
     num_tokens: int
     retracted: tuple[int, ...] = ()
     failed: tuple[int, ...] = ()
+    page_copies: tuple[tuple[int, int], ...] = ()

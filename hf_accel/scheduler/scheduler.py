@@ -99,7 +99,11 @@ class Scheduler:
             self._reserve_ratio = INITIAL_RESERVE_RATIO
         requests = tuple(step.scheduled.values())
         return SchedulerOutput(
-            requests, sum(len(r.token_ids) for r in requests), tuple(step.retracted), tuple(step.failed)
+            requests,
+            sum(len(r.token_ids) for r in requests),
+            tuple(step.retracted),
+            tuple(step.failed),
+            self.cache.take_page_copies(),
         )
 
     def update(self, output: SchedulerOutput, sampled: Mapping[int, int]) -> None:
@@ -163,8 +167,15 @@ class Scheduler:
         newer = [r for r in idle if r.admission > request.admission or not _computable(r)]
         return max(newer, key=lambda r: r.admission, default=None)
 
-    def _retract(self, request: Request, step: _Step | None) -> None:
-        self.cache.free(request)
+    def retract_all(self) -> None:
+        """Send every running request back to be computed from nothing, and empty the prefix cache: what the pages hold
+        is unknown."""
+        for request in sorted(self.running.values(), key=lambda r: -r.admission):  # the oldest ends up in front
+            self._retract(request, None, cache=False)
+        self.cache.reset()
+
+    def _retract(self, request: Request, step: _Step | None, *, cache: bool = True) -> None:
+        self.cache.free(request, cache=cache)
         del self.running[request.request_id]
         self._release_slot(request)
         request.status = RequestStatus.WAITING
@@ -192,12 +203,10 @@ class Scheduler:
             match = self.cache.match_prefix(request)
             if match.in_flight:
                 continue
-            updates = self.cache.admit(request, match)
-            own = self.cache.pages_needed(request.request_id, request.num_tokens)
-            if self.running and own + self._reserved_pages(request) + reserve > self.cache.num_available_pages:
-                self.cache.free(request, cache=False)
+            needed = self.cache.pages_to_admit(request, match) + self._reserved_pages(request)
+            if self.running and needed + reserve > self.cache.num_available_pages:
                 return
-            self._start(request, match.num_tokens, updates)
+            self._start(request, match.num_tokens, self.cache.admit(request, match))
             self._schedule_running(request, step)
             if request.status is not RequestStatus.RUNNING:
                 continue

@@ -37,19 +37,6 @@ def test_chat_loop_reusing_a_cache(model: PreTrainedModel) -> None:
     compare(model, chat, "past_key_values given by the caller", count=6)
 
 
-def test_returned_cache_goes_on(model: PreTrainedModel) -> None:
-    """The cache of a patched call, in which rows ended early, continues as HF's does."""
-
-    def chat() -> torch.Tensor:
-        first = model.generate(**prompts(), **cases.greedy(return_dict_in_generate=True, eos_token_id=cases.EOS)())
-        tokens = torch.cat([first.sequences, ids(3).repeat(3, 1)], dim=1)
-        mask = torch.ones_like(tokens)
-        mask[:, : prompts()["attention_mask"].shape[1]] = prompts()["attention_mask"]
-        return model.generate(tokens, attention_mask=mask, past_key_values=first.past_key_values, **cases.greedy()())
-
-    compare(model, chat, "past_key_values given by the caller")
-
-
 def test_prefilled_cache_for_many_prompts(model: PreTrainedModel) -> None:
     with torch.no_grad():
         prefix = model(ids(), past_key_values=DynamicCache(config=model.config)).past_key_values

@@ -19,15 +19,8 @@ from hf_accel import Engine, SamplingParams, UnsupportedModelError
 from hf_accel.engine import patch as patch_module
 from hf_accel.engine import weights
 from hf_accel.patching import hooks
-from hf_accel.patching.registry import read_spec
 
-CONFIG = {"num_pages": 128, "page_size": 8}
-PROMPT = torch.randint(0, 256, (2, 37), generator=torch.Generator().manual_seed(3))
-LENGTH = 8
-
-
-def tokens(model) -> list[list[int]]:
-    return model.generate(PROMPT, do_sample=False, max_new_tokens=LENGTH)[:, PROMPT.shape[1] :].tolist()
+from .patched_calls import CONFIG, LENGTH, PROMPT, tokens
 
 
 def snapshot(model) -> dict:
@@ -195,7 +188,7 @@ def test_a_deleted_model_is_freed_with_its_engine(fused):
     assert [ref() for ref in refs] == [None] * 4
     assert not hooks._instances
     assert "_sample" not in vars(LlamaForCausalLM)
-    assert not weights._TRACKERS  # the optimizer hook that may remain has nothing to do
+    assert not weights._TRACKERS and weights._after_optimizer_step not in _global_optimizer_post_hooks.values()
 
 
 def test_an_engine_keeps_its_model_and_goes_with_it(tiny_llama):
@@ -273,126 +266,3 @@ def test_inference_mode_and_back(tiny_llama):
                 assert tokens(tiny_llama) == expected
             tiny_llama(input_ids=PROMPT, labels=PROMPT).loss.backward()
             assert hf_accel.get_engine(tiny_llama).stats().num_fallbacks == 0
-
-
-# -- memory --
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_unpatch_gives_the_memory_back(tiny_llama, fused):
-    hf_accel.patch(tiny_llama, fused=fused, **CONFIG)
-    tokens(tiny_llama)
-    engine = hf_accel.get_engine(tiny_llama)
-    runner = engine.core.executor.runner
-    pages = [weakref.ref(t) for t in (*runner.pool.k_pages, *runner.pool.v_pages)]
-    assert runner.pool.num_bytes > 0
-    assert (runner._fused is not None) == fused
-    hf_accel.unpatch(tiny_llama)
-    assert runner.pool.num_bytes == 0
-    assert all(ref() is None for ref in pages)
-    assert runner._fused is None
-    with pytest.raises(RuntimeError, match="shut down: make a new one, or patch the model again"):
-        engine.generate([[1, 2]])
-
-
-def test_no_memory_is_taken_before_the_first_call(tiny_llama):
-    hf_accel.patch(tiny_llama, **CONFIG)
-    assert patch_module._patched[tiny_llama].engine is None
-
-
-def test_sleep_and_wake_of_a_patched_model(tiny_llama):
-    expected = tokens(tiny_llama)
-    hf_accel.patch(tiny_llama, **CONFIG)
-    assert tokens(tiny_llama) == expected
-    engine = hf_accel.get_engine(tiny_llama)
-    engine.sleep()
-    assert engine.core.executor.runner.pool.num_bytes == 0
-    with torch.no_grad():
-        tiny_llama.lm_head.weight.mul_(-1)  # as a training phase between two rollouts
-    assert tokens(tiny_llama) == tokens(copy.deepcopy(tiny_llama)) != expected
-
-
-# -- hooks --
-
-
-@pytest.mark.parametrize(
-    "where", ["model.layers.0.self_attn.o_proj", "model.layers.1", "model.embed_tokens", "lm_head", ""]
-)
-def test_a_hook_that_changes_the_output_changes_the_tokens(tiny_llama, where):
-    def double(module, args, output):
-        if isinstance(output, torch.Tensor):
-            return output.flip(-1)
-        if hasattr(output, "logits"):
-            output.logits = output.logits.flip(-1)
-            return output
-        return (output[0].flip(-1), *output[1:])
-
-    before = tokens(tiny_llama)
-    hf_accel.patch(tiny_llama, **CONFIG)
-    assert tokens(tiny_llama) == before
-    hook = tiny_llama.get_submodule(where).register_forward_hook(double)
-    expected = tokens(copy.deepcopy(tiny_llama))
-    assert expected != before
-    hf_accel.get_engine(tiny_llama).flush_cache()
-    assert tokens(tiny_llama) == expected
-    hook.remove()
-    hf_accel.get_engine(tiny_llama).flush_cache()
-    assert tokens(tiny_llama) == before
-
-
-def test_a_hook_registered_between_calls_is_not_answered_from_the_old_cache(tiny_llama):
-    before = tokens(tiny_llama)
-    hf_accel.patch(tiny_llama, **CONFIG)
-    assert tokens(tiny_llama) == before
-    vector = torch.randn(64)
-    steered = tiny_llama.model.layers[0].register_forward_hook(lambda module, args, output: output + vector)
-    expected = tokens(copy.deepcopy(tiny_llama))
-    assert expected != before
-    for _ in range(2):
-        assert tokens(tiny_llama) == expected
-    steered.remove()
-    assert tokens(tiny_llama) == before
-
-
-def test_hooks_see_each_token_once(tiny_llama):
-    hf_accel.patch(tiny_llama, **CONFIG)
-    counts = {"pre": 0, "post": 0}
-
-    def pre(module, args):
-        counts["pre"] += args[0].shape[1]
-
-    def post(module, args, output):
-        counts["post"] += args[0].shape[1]
-
-    tiny_llama.model.layers[0].mlp.register_forward_pre_hook(pre)
-    tiny_llama.model.layers[0].mlp.register_forward_hook(post)
-    tokens(tiny_llama)
-    total = 2 * (PROMPT.shape[1] + LENGTH - 1)
-    assert counts == {"pre": total, "post": total}
-    tokens(tiny_llama)
-    assert counts == {"pre": 2 * total, "post": 2 * total}  # no token of a later call comes from the cache
-    assert hf_accel.get_engine(tiny_llama).stats().num_fallbacks == 0
-
-
-def test_patching_fires_no_hook(tiny_llama):
-    fired = []
-    for module in tiny_llama.modules():
-        module.register_forward_hook(lambda module, *args: fired.append(module))
-    read_spec(tiny_llama)
-    hf_accel.patch(tiny_llama, **CONFIG)
-    assert fired == []
-    tokens(tiny_llama)
-    assert set(map(type, fired)) >= {nn.Linear, LlamaForCausalLM}
-
-
-def test_what_transformers_leaves_after_output_hidden_states_is_no_hook(tiny_llama):
-    tiny_llama(PROMPT, output_hidden_states=True)
-    assert tiny_llama.model.layers[0]._forward_hooks  # its recorder, asleep
-    hf_accel.patch(tiny_llama, **CONFIG)
-    expected = tokens(copy.deepcopy(tiny_llama))
-    for _ in range(2):
-        assert tokens(tiny_llama) == expected
-    engine = hf_accel.get_engine(tiny_llama)
-    assert engine.core.executor.runner.fused
-    assert engine.stats().num_cached_tokens == 2 * 32
-    assert len(tiny_llama(PROMPT, output_hidden_states=True).hidden_states) == 3

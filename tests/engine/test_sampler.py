@@ -12,16 +12,10 @@ from transformers.generation import logits_process as hf
 
 from hf_accel.engine.inverse_cdf import invert, uniform
 from hf_accel.engine.logits_filters import filter_logits
-from hf_accel.engine.sampler import SampledToken, Sampler, SamplingRow, _first_of_highest, logprobs_of
+from hf_accel.engine.sampler import Sampler, _first_of_highest, logprobs_of
 from hf_accel.sampling_params import SamplingParams
 
-
-def _row(params: SamplingParams, token_ids=(1, 2, 3), num_prompt_tokens=3, seed=0, eos=()) -> SamplingRow:
-    return SamplingRow(params, list(token_ids), num_prompt_tokens, seed, frozenset(eos))
-
-
-def _sample(logits: torch.Tensor, *rows: SamplingRow) -> list[SampledToken]:
-    return Sampler().sample(logits, rows)
+from .sampler_rows import make_row, sample
 
 
 def _hf_scores(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -88,7 +82,7 @@ def test_plain_greedy_takes_the_first_of_equals():
     logits = torch.randn(4, 50)
     logits[1, [7, 9]] = 100.0
     expected = logits.argmax(-1).tolist()
-    assert [t.token_id for t in _sample(logits, *[_row(SamplingParams(temperature=0))] * 4)] == expected
+    assert [t.token_id for t in sample(logits, *[make_row(SamplingParams(temperature=0))] * 4)] == expected
     assert expected[1] == 7
 
 
@@ -105,11 +99,11 @@ def test_mixed_batch_keeps_rows_apart():
         SamplingParams(min_p=0.2),
         SamplingParams(temperature=0, logits_processors=[lambda ids, scores: -scores]),
     ]
-    rows = [_row(p, token_ids=[i, i + 1, i + 2], num_prompt_tokens=2, seed=i) for i, p in enumerate(kinds)]
-    together = _sample(logits, *rows)
-    alone = [_sample(logits[i : i + 1], row)[0] for i, row in enumerate(rows)]
+    rows = [make_row(p, token_ids=[i, i + 1, i + 2], num_prompt_tokens=2, seed=i) for i, p in enumerate(kinds)]
+    together = sample(logits, *rows)
+    alone = [sample(logits[i : i + 1], row)[0] for i, row in enumerate(rows)]
     order = random.Random(0).sample(range(9), 9)
-    shuffled = _sample(logits[order], *[rows[i] for i in order])
+    shuffled = sample(logits[order], *[rows[i] for i in order])
     assert together == alone
     assert [shuffled[order.index(i)] for i in range(9)] == together
     assert together[0].token_id == logits[0].argmax() and together[8].token_id == logits[8].argmin()
@@ -144,8 +138,8 @@ def test_draws_follow_the_filtered_distribution(params):
     logits = torch.randn(1, 20) * 1.5
     probs = _hf_scores(logits, params).softmax(-1)[0]
     num_draws = 4000
-    rows = [_row(params, token_ids=range(i % 7), num_prompt_tokens=0, seed=i) for i in range(num_draws)]
-    counts = Counter(t.token_id for t in _sample(logits.expand(num_draws, -1), *rows))
+    rows = [make_row(params, token_ids=range(i % 7), num_prompt_tokens=0, seed=i) for i in range(num_draws)]
+    counts = Counter(t.token_id for t in sample(logits.expand(num_draws, -1), *rows))
     assert all(probs[token_id] > 0 for token_id in counts)
     kept = [i for i in range(20) if probs[i] * num_draws >= 5]
     chi_square = sum((counts[i] - num_draws * probs[i]) ** 2 / (num_draws * probs[i]) for i in kept)
@@ -155,10 +149,10 @@ def test_draws_follow_the_filtered_distribution(params):
 
 def test_same_seed_same_token_other_position_other_numbers():
     logits = torch.zeros(1, 10_000)
-    row = _row(SamplingParams(), seed=7)
-    first = _sample(logits, row)[0].token_id
-    assert _sample(logits, row)[0].token_id == first
-    others = {_sample(logits, _row(SamplingParams(), token_ids=range(n), seed=7))[0].token_id for n in range(20)}
+    row = make_row(SamplingParams(), seed=7)
+    first = sample(logits, row)[0].token_id
+    assert sample(logits, row)[0].token_id == first
+    others = {sample(logits, make_row(SamplingParams(), token_ids=range(n), seed=7))[0].token_id for n in range(20)}
     assert len(others) > 15
 
 
@@ -180,10 +174,10 @@ def test_inversion_is_the_plain_one(vocab_size):
 
 def test_large_batches_are_drawn_in_parts_with_the_same_result(monkeypatch):
     logits = torch.randn(7, 300)
-    rows = [_row(SamplingParams(top_p=0.9, temperature=1 + i / 5), seed=i) for i in range(7)]
-    whole = _sample(logits, *rows)
+    rows = [make_row(SamplingParams(top_p=0.9, temperature=1 + i / 5), seed=i) for i in range(7)]
+    whole = sample(logits, *rows)
     monkeypatch.setattr("hf_accel.engine.sampler._CPU_CHUNK", 650)
-    assert _sample(logits, *rows) == whole
+    assert sample(logits, *rows) == whole
 
 
 def test_tokens_of_no_probability_are_never_drawn(monkeypatch):
@@ -191,141 +185,7 @@ def test_tokens_of_no_probability_are_never_drawn(monkeypatch):
     logits[0, [1, 3]] = 0.0
     for number, expected in ((0.0, 1), (0.499, 1), (0.5, 3), (1 - 2.0**-53, 3)):
         monkeypatch.setattr("hf_accel.engine.sampler.uniform", lambda seed, position, number=number: number)
-        assert _sample(logits, _row(SamplingParams()))[0].token_id == expected
-
-
-# -- edits --
-
-
-@pytest.mark.parametrize("penalty", [0.5, 1.2, 5.0])
-def test_repetition_penalty_is_hfs(penalty):
-    logits = torch.randn(1, 30)
-    ids = [3, 3, 7, 29, 0, 7]
-    seen = []
-
-    def spy(scores, params):
-        seen.append(scores.clone())
-        return filter_logits(scores, params)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_accel.engine.sampler.filter_logits", spy)
-        _sample(logits, _row(SamplingParams(repetition_penalty=penalty), ids, num_prompt_tokens=4))
-    expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits)
-    assert torch.equal(seen[0], expected)
-
-
-def test_repetition_penalty_ignores_ids_without_a_logit():
-    logits = torch.tensor([[1.0, 1.5, -1.0]])
-    row = _row(SamplingParams(temperature=0, repetition_penalty=2.0), token_ids=[1, 500])
-    assert _sample(logits, row)[0].token_id == 0
-
-
-def test_presence_and_frequency_penalties_count_the_output_only():
-    logits = torch.tensor([[5.0, 4.0, 3.0, 0.0]])
-    prompt = [0, 0, 0]
-    presence = SamplingParams(temperature=0, presence_penalty=1.5)
-    frequency = SamplingParams(temperature=0, frequency_penalty=0.6)
-    assert _sample(logits, _row(presence, prompt))[0].token_id == 0
-    assert _sample(logits, _row(presence, [*prompt, 0]))[0].token_id == 1
-    assert _sample(logits, _row(presence, [*prompt, 0, 0, 0, 1]))[0].token_id == 0  # 3.5, 2.5, 3
-    assert _sample(logits, _row(frequency, [*prompt, 0]))[0].token_id == 0
-    assert _sample(logits, _row(frequency, [*prompt, 0, 0]))[0].token_id == 1
-    assert _sample(logits, _row(frequency, [*prompt, 0, 0, 0, 0, 1, 1]))[0].token_id == 2  # 2.6, 2.8, 3
-
-
-def test_penalties_of_a_row_kept_from_step_to_step():
-    params = SamplingParams(temperature=0, repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.2)
-    kept = _row(params, [3, 3, 700], num_prompt_tokens=3)
-    for step in range(30):
-        logits = torch.randn(1, 12)
-        fresh = _row(params, kept.token_ids, num_prompt_tokens=3)
-        token = _sample(logits, fresh)[0]
-        assert _sample(logits, kept)[0] == token
-        kept.token_ids.append(token.token_id)
-        if step == 20:
-            del kept.token_ids[10:]  # rewound
-
-
-def test_logit_bias():
-    logits = torch.tensor([[5.0, 4.0, 3.0]])
-    assert _sample(logits, _row(SamplingParams(temperature=0, logit_bias={2: 3.0, 0: -1.0})))[0].token_id == 2
-    banned = SamplingParams(temperature=0, logit_bias={0: -math.inf})
-    assert _sample(logits, _row(banned))[0].token_id == 1
-
-
-def test_min_tokens_masks_eos_and_stop_ids_until_reached():
-    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
-    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[1])
-    for num_output, expected in ((0, 2), (1, 2), (2, 0), (3, 0)):
-        row = _row(params, [9, 9, *[2] * num_output], num_prompt_tokens=2, eos=[0])
-        assert _sample(logits, row)[0].token_id == expected
-
-
-def test_processors_run_first_in_order_and_see_the_history():
-    calls = []
-
-    def first(token_ids, scores):
-        calls.append((list(token_ids), scores.clone()))
-        token_ids.append(99)  # a copy: must not reach the request
-        return torch.zeros_like(scores).index_fill(0, torch.tensor([2, 3]), 1.0)
-
-    def second(token_ids, scores):
-        calls.append((list(token_ids), scores.clone()))
-        scores[2] += 1.0  # in place is fine too
-        return scores
-
-    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
-    row = _row(SamplingParams(temperature=0, logits_processors=[first, second], logit_bias={3: 2.0}), token_ids=[7, 8])
-    assert _sample(logits, row)[0].token_id == 3
-    assert calls[0][0] == [7, 8] == calls[1][0] == row.token_ids
-    assert torch.equal(calls[0][1], torch.tensor([5.0, 4.0, 3.0, 2.0])) and torch.equal(logits[0], calls[0][1])
-    assert calls[1][1].tolist() == [0.0, 0.0, 1.0, 1.0]
-
-
-def test_a_processors_own_tensor_is_not_written():
-    kept = torch.tensor([1.0, 0.0, 0.0])
-    row = _row(SamplingParams(temperature=0, logits_processors=[lambda ids, s: kept], logit_bias={0: -5.0}))
-    _sample(torch.zeros(1, 3), row)
-    assert kept.tolist() == [1.0, 0.0, 0.0]
-
-
-# -- bad rows --
-
-
-def _raise(token_ids, scores):
-    raise KeyError("mine")
-
-
-def test_an_error_stays_in_its_row():
-    logits = torch.randn(8, 20)
-    logits[1, 4] = torch.nan
-    logits[2] = torch.nan
-    logits[7, 3] = torch.inf
-    rows = [
-        _row(SamplingParams(temperature=0)),
-        _row(SamplingParams(temperature=0)),
-        _row(SamplingParams(top_p=0.5, top_k=3, min_p=0.1)),
-        _row(SamplingParams(temperature=0, logits_processors=[_raise])),
-        _row(SamplingParams(logits_processors=[lambda ids, s: s[:3]])),
-        _row(SamplingParams(logits_processors=[lambda ids, s: s - torch.inf])),
-        _row(SamplingParams(logit_bias={20: 1.0}, logprobs=1)),
-        _row(SamplingParams()),
-    ]
-    good = _sample(logits[:1], rows[0])[0]
-    results = _sample(logits, *rows)
-    assert results[0] == good
-    assert all(r.token_id == -1 and r.logprob is None for r in results[1:])
-    messages = ["NaN logits", "NaN logits", "mine", "shape", "no token", "logit_bias names token id 20", "infinite"]
-    for result, message in zip(results[1:], messages, strict=True):
-        assert message in str(result.error)
-    assert isinstance(results[3].error, KeyError)
-    assert all(isinstance(r.error, ValueError) for i, r in enumerate(results) if i not in (0, 3))
-
-
-def test_a_processor_may_repair_nan():
-    logits = torch.tensor([[torch.nan, 1.0, 0.0]])
-    row = _row(SamplingParams(temperature=0, logits_processors=[lambda ids, s: s.nan_to_num(-1.0)]))
-    assert _sample(logits, row)[0].token_id == 1
+        assert sample(logits, make_row(SamplingParams()))[0].token_id == expected
 
 
 # -- log-probabilities --
@@ -335,11 +195,11 @@ def test_logprobs_are_the_models_own():
     logits = torch.randn(3, 40)
     expected = logits.log_softmax(-1)
     rows = [
-        _row(SamplingParams(temperature=0, logprobs=0)),
-        _row(SamplingParams(temperature=0.2, top_k=3, logprobs=5, repetition_penalty=2.0), seed=3),
-        _row(SamplingParams(temperature=0)),
+        make_row(SamplingParams(temperature=0, logprobs=0)),
+        make_row(SamplingParams(temperature=0.2, top_k=3, logprobs=5, repetition_penalty=2.0), seed=3),
+        make_row(SamplingParams(temperature=0)),
     ]
-    results = _sample(logits, *rows)
+    results = sample(logits, *rows)
     assert results[0].top_logprobs == {} and results[2].logprob is None and results[2].top_logprobs is None
     for i in (0, 1):
         assert results[i].logprob == pytest.approx(expected[i, results[i].token_id].item(), abs=1e-5)

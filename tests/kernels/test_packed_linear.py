@@ -1,10 +1,13 @@
-"""Packed linears against float64 matrix products on odd shapes, both instruction sets."""
+"""Packed linears against float64 matrix products on odd shapes, on every instruction set this machine has."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_accel_kernels.cpu import library
+from hf_accel_kernels.cpu.abi import fused_library
 from hf_accel_kernels.fused_reference import linear_reference
 from hf_accel_kernels.packed import PackedLinear, pack, packed_linear
 
@@ -24,6 +28,94 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     error = (out.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)
     assert error < TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+def has_amx() -> bool:
+    lib = fused_library()
+    assert lib is not None
+    return bool(lib.hfa_amx(1))
+
+
+@contextlib.contextmanager
+def amx(wanted: bool) -> Iterator[None]:
+    """Weights packed inside run on AMX tiles or on vectors."""
+    lib = fused_library()
+    assert lib is not None
+    lib.hfa_amx(wanted)
+    try:
+        yield
+    finally:
+        lib.hfa_amx(1)
+
+
+def random_case(rng: random.Random, epilogue: str, num_rows: int) -> dict[str, object]:
+    """Keyword arguments of `check_case`, of odd sizes."""
+    return {
+        "num_rows": num_rows,
+        "columns": rng.choice([rng.randint(1, 40), rng.randint(60, 150)]),
+        "depth": rng.choice([rng.randint(1, 40), 64, 2 * rng.randint(20, 150) + 1, rng.randint(500, 1700)]),
+        "epilogue": epilogue,
+        "with_bias": rng.random() < 0.5,
+        "with_residual": rng.random() < 0.5,
+        "scale": rng.choice([1.0, 0.37]),
+        "padding": rng.choice([0, 0, 5]),
+    }
+
+
+def check_case(
+    dtype: torch.dtype, num_rows: int, columns: int, depth: int, epilogue: str, with_bias: bool, with_residual: bool,
+    scale: float, padding: int,
+) -> None:  # fmt: skip
+    """One call against the torch chain, and its float32 sums against float64; on both paths where there are two."""
+    x = torch.full((num_rows, depth + padding), float("nan")).to(dtype)[
+        :, :depth
+    ]  # what lies beside it must not be read
+    x.copy_(torch.randn(num_rows, depth))
+    weights = [torch.randn(columns, depth).to(dtype) / depth**0.5 for _ in range(2 if epilogue == "silu_mul" else 1)]
+    biases = [torch.randn(columns).to(dtype) if with_bias else None for _ in weights]
+    residual = torch.randn(num_rows, columns).to(dtype) if with_residual else None
+    layout = "interleaved" if epilogue == "silu_mul" else "concat"
+    expected = linear_reference(
+        x.clone(memory_format=torch.contiguous_format),
+        weights,
+        biases,
+        epilogue=epilogue,
+        residual=residual,
+        scale=scale,
+    )
+    outs = []
+    for wanted in (True, False) if dtype == torch.bfloat16 and has_amx() else (False,):
+        with amx(wanted):
+            packed = PackedLinear(weights, biases, layout=layout)
+        out = packed_linear(x, packed, epilogue=epilogue, residual=residual, scale=scale)
+        assert_close(out, expected, dtype)
+        assert torch.equal(
+            out, packed_linear(x, packed, epilogue=epilogue, residual=residual, scale=scale, num_threads=3)
+        )
+        if epilogue == "plain":
+            sums = packed_linear(x, packed, out_dtype=torch.float32)
+            bias = 0 if biases[0] is None else biases[0].double()
+            exact = x.double() @ weights[0].double().T + bias
+            assert (sums.double() - exact).abs().max() < 4e-6 * (
+                x.double().abs() @ weights[0].double().abs().T + 1
+            ).max()
+        outs.append(out)
+    if len(outs) == 2:  # the sums differ in their last bits, so a rounded result may differ by a step
+        torch.testing.assert_close(outs[0], outs[1], rtol=2e-2, atol=2e-2)
+        assert (outs[0] != outs[1]).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epilogue", ["plain", "silu_mul"])
+def test_every_number_of_rows(epilogue: str, dtype: torch.dtype) -> None:
+    rng = random.Random(f"{epilogue} {dtype}")
+    for num_rows in [*range(1, 71), 97, 129, 200, 513, 600]:
+        check_case(dtype, **random_case(rng, epilogue, num_rows))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_rows", [20, 190, 193, 300, 530])
+def test_deep_weights_in_several_blocks(num_rows: int) -> None:
+    check_case(torch.bfloat16, num_rows, 130, 2300, "plain", True, True, 1.0, 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,13 +191,30 @@ def test_strided_input_and_threads(dtype: torch.dtype) -> None:
     assert torch.equal(one, packed_linear(x, pack([weight]), num_threads=3))
 
 
-def test_rows_do_not_depend_on_batch_mates() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [96, 1701])
+def test_rows_do_not_depend_on_batch_mates(dtype: torch.dtype, depth: int) -> None:
     torch.manual_seed(3)
-    x, weight = torch.randn(37, 96), torch.randn(130, 96)
+    x, weight = torch.randn(230, depth).to(dtype), torch.randn(130, depth).to(dtype)
     packed = pack([weight])
     whole = packed_linear(x, packed)
     for row in range(37):
         assert torch.equal(whole[row : row + 1], packed_linear(x[row : row + 1], packed))
+    for count in (20, 50, 90, 140):
+        assert torch.equal(whole[7 : 7 + count], packed_linear(x[7 : 7 + count], packed))
+
+
+def test_weights_share_blocks_of_memory() -> None:
+    """Packed weights come and go in any order; each keeps its values while its neighbours are freed."""
+    rng, alive = random.Random(5), []
+    for i in range(60):
+        value = float(i + 1)
+        alive.append((value, pack([torch.full((rng.choice([1, 70, 900]), rng.choice([8, 600, 2000])), value)])))
+        if len(alive) > 8:
+            del alive[rng.randrange(len(alive))]
+        for value, packed in alive:
+            out = packed_linear(torch.ones(1, packed.depth), packed)
+            assert torch.equal(out, torch.full_like(out, value * packed.depth))
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -121,10 +230,12 @@ def test_bad_arguments_are_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("arch", ["x86-64-v3", "x86-64-v4", "cooperlake"])
 def test_other_instruction_sets(arch: str, tmp_path: Path) -> None:
     if arch == "x86-64-v4" and "avx512bw" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("no AVX512 here")
+    if arch == "cooperlake" and "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("no AVX512_BF16 here")
     env = os.environ | {"HF_ACCEL_CPU_ARCH": arch, "HF_ACCEL_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not other_instruction_sets", __file__]
     result = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -245,9 +245,19 @@ def test_bad_arguments_are_refused() -> None:
 
 
 @pytest.mark.skipif("x86" not in os.uname().machine, reason="names an x86 architecture")
-@pytest.mark.parametrize("arch", ["x86-64-v3", pytest.param("x86-64", marks=pytest.mark.slow)])
-def test_other_architectures(arch: str, tmp_path: Path) -> None:
-    """The same source for AVX2 and for SSE: built into a cache of its own, checked in a process of its own."""
+@pytest.mark.parametrize(
+    ("arch", "flag"),
+    [
+        ("x86-64-v3", "avx2"),
+        pytest.param("x86-64", "sse2", marks=pytest.mark.slow),
+        pytest.param("x86-64-v4", "avx512vl", marks=pytest.mark.slow),
+        pytest.param("cooperlake", "avx512_bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_other_architectures(arch: str, flag: str, tmp_path: Path) -> None:
+    """The same source for SSE, AVX2, AVX512 without and with bf16: in a cache of its own, checked in a process of its own."""
+    if f" {flag}" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {flag}")
     selection = "test_head_dims or test_group_sizes or test_window or test_random or test_threads or test_store"
     environment = {**os.environ, "HF_ACCEL_CPU_ARCH": arch, "HF_ACCEL_CACHE": str(tmp_path)}
     command = [

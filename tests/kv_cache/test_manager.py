@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from hf_accel.kv_cache.manager import KVCacheManager, PrefixMatch
+from hf_accel.kv_cache.manager import KVCacheManager
+from hf_accel.kv_cache.prefix_match import PageTail, PrefixMatch
 from hf_accel.request import Request
 from hf_accel.sampling_params import SamplingParams
 
@@ -52,29 +53,89 @@ def test_imports_neither_torch_nor_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("page_size", "hit"), [(1, 8), (2, 8), (4, 8), (8, 8), (3, 6), (5, 5), (9, 0), (100, 0)])
-def test_a_second_equal_prompt_leaves_its_last_token_to_compute(page_size: int, hit: int) -> None:
+@pytest.mark.parametrize("page_size", [1, 2, 3, 4, 5, 8, 9, 100])
+def test_a_second_equal_prompt_leaves_its_last_token_to_compute(page_size: int) -> None:
     manager = KVCacheManager(16, page_size)
     assert run(manager, make(range(9))).num_tokens == 0
-    assert run(manager, make(range(9))).num_tokens == hit
+    for _ in range(3):
+        match = run(manager, make(range(9)))
+        assert (match.num_tokens, match.num_shared_tokens) == (8, 8 // page_size * page_size)
 
 
-def test_a_page_that_holds_the_last_token_is_never_matched() -> None:
+def test_a_page_that_holds_the_last_token_is_copied_not_shared() -> None:
     manager = KVCacheManager(16, 4)
     run(manager, make(range(8)))
-    assert run(manager, make(range(8))).num_tokens == 4
+    assert run(manager, make(range(8))) == PrefixMatch(7, False, 1, PageTail(1, 3))
+    assert manager.take_page_copies() == ((1, 2),)
+    assert manager.stats.num_cached == 2  # computed whole, the copy was found to be the tree's page again
     assert run(manager, make(range(9))).num_tokens == 8
     assert run(manager, make([5])).num_tokens == 0
 
 
-def test_the_tail_of_a_partial_page_is_not_cached() -> None:
+def test_a_partial_page_is_cached_and_copied() -> None:
     manager = KVCacheManager(16, 4)
     run(manager, make(range(7)))
-    assert manager.stats == (16, 15, 1)
-    assert run(manager, make(range(12))).num_tokens == 4
+    assert manager.stats == (16, 14, 2)
+    assert run(manager, make([*range(5), 70, 71])) == PrefixMatch(5, False, 1, PageTail(1, 1))
+    assert manager.take_page_copies() == ((1, 2),)
+    assert run(manager, make(range(7))) == PrefixMatch(6, False, 1, PageTail(1, 2))
+    assert manager.stats == (16, 13, 3)  # two partial pages: 4 5 6 and 4 70 71
+    assert run(manager, make(range(12))).num_tokens == 7
+    assert manager.stats == (16, 12, 4)  # 4 5 6 went into 4 5 6 7, and 8 9 10 11 is new
+    assert manager.take_page_copies() == ((1, 3), (1, 3))
+    assert manager.take_page_copies() == ()
 
 
-@pytest.mark.parametrize(("logits_from", "hit"), [(0, 0), (3, 0), (4, 4), (7, 4), (8, 8), (50, 16), (None, 16)])
+def test_a_partial_page_that_another_begins_with_is_not_kept() -> None:
+    manager = KVCacheManager(16, 4)
+    run(manager, make([1, 2, 3]))
+    run(manager, make([1, 2]))
+    assert manager.stats.num_cached == 1
+    run(manager, make([1, 2, 3, 4]))
+    assert manager.stats.num_cached == 1
+    run(manager, make([1, 2, 3]))
+    assert manager.stats.num_cached == 1
+    assert run(manager, make([1, 2, 3, 4])).num_tokens == 3
+
+
+def test_a_copied_page_is_committed_when_it_is_full() -> None:
+    manager = KVCacheManager(16, 4)
+    run(manager, make(range(6)))
+    request = make([*range(6), 60, 61, 62, 63])
+    assert admit(manager, request).num_tokens == 6
+    prefill(manager, request, upto=7)
+    assert manager.stats.num_cached == 2
+    prefill(manager, request, upto=9)
+    assert manager.stats.num_cached == 2  # the full page took the partial one's place
+    manager.free(request)
+    manager.check_idle()
+    assert run(manager, make(request.token_ids)).num_tokens == 9
+
+
+def test_no_tail_without_a_page_for_the_copy() -> None:
+    manager = KVCacheManager(2, 4)
+    run(manager, make(range(7)))
+    assert manager.match_prefix(make(range(7))).num_tokens == 6
+    hog = make([50, 51])
+    admit(manager, hog)
+    manager.allocate(hog.request_id, 2)  # takes the partial page
+    assert manager.match_prefix(make(range(7))) == PrefixMatch(4, False, 1)
+    manager.free(hog)
+    manager.check_idle()
+
+
+def test_a_source_that_is_evicted_for_its_copy_is_taken_over() -> None:
+    manager = KVCacheManager(2, 4)
+    run(manager, make(range(7)))
+    request = make([*range(6), 60])
+    match = admit(manager, request)
+    assert match.tail == PageTail(1, 2) and manager.page_ids(request.request_id) == (0, 1)
+    assert manager.take_page_copies() == ()
+    manager.free(request, cache=False)
+    manager.check_idle()
+
+
+@pytest.mark.parametrize(("logits_from", "hit"), [(0, 0), (3, 3), (4, 4), (7, 7), (8, 8), (50, 16), (None, 16)])
 def test_a_match_ends_before_the_first_needed_logits(logits_from: int | None, hit: int) -> None:
     manager = KVCacheManager(16, 4)
     run(manager, make(range(17)))
@@ -88,8 +149,8 @@ def test_only_computed_tokens_are_cached() -> None:
     assert manager.allocate(request.request_id, 8) == ((0, 0), (1, 1), (2, 2), (3, 3))
     request.num_computed_tokens = 5
     manager.free(request)
-    assert manager.stats == (16, 14, 2)
-    assert admit(manager, make(range(8))).num_tokens == 4
+    assert manager.stats == (16, 13, 3)
+    assert admit(manager, make(range(8))).num_tokens == 5
 
 
 def test_free_without_cache_keeps_only_what_was_committed() -> None:
@@ -116,6 +177,7 @@ def test_generated_tokens_are_found_by_the_next_turn() -> None:
     manager.free(request)
     turn = make([*request.token_ids, 7, 7, 7])
     assert run(manager, turn).num_tokens == 16
+    assert run(manager, make(request.token_ids[:14])).num_tokens == 13
 
 
 def test_commits_during_decode_make_no_chain_of_small_nodes() -> None:
@@ -148,7 +210,7 @@ def test_namespaces_share_nothing() -> None:
     run(manager, make(range(9), namespace=("v1", None)))
     assert run(manager, make(range(9), namespace=("v2", None))).num_tokens == 0
     assert run(manager, make(range(9), namespace=("v1", None))).num_tokens == 8
-    assert manager.clear_namespace(("v1", None)) == 4
+    assert manager.clear_namespace(("v1", None)) == 5
     manager.check_idle()
     assert run(manager, make(range(9), namespace=("v2", None))).num_tokens == 8
     assert manager.clear_namespace("unknown") == 0
@@ -158,8 +220,8 @@ def test_a_running_request_keeps_its_pages_when_its_namespace_is_cleared() -> No
     manager = KVCacheManager(32, 2)
     run(manager, make(range(9)))
     request = make([*range(5), 50, 51, 52])
-    assert admit(manager, request).num_tokens == 4
-    assert manager.clear_namespace(None) == 2
+    assert admit(manager, request).num_tokens == 5
+    assert manager.clear_namespace(None) == 3
     prefill(manager, request)
     manager.free(request)
     manager.check_idle()
@@ -204,7 +266,11 @@ def test_sizes_must_be_positive() -> None:
     ("damage", "message"),
     [
         (lambda m, h: m._tree.lock(h.node), "without a request"),
-        (lambda m, h: m._in_flight.clear(), "in-flight"),
+        (lambda m, h: m._next_pages._holdings.clear(), "in-flight marks differ"),
+        (lambda m, h: m._next_pages._holdings.update({(h.node, (7,)): [h]}), "in-flight marks differ"),
+        (lambda m, h: setattr(h, "next_key", (4,)), "mark of another page"),
+        (lambda m, h: m._next_pages._keys[h.node].append((9,)), "sorted keys"),
+        (lambda m, h: h.request.token_ids.__setitem__(4, 70), "computes a page of other tokens"),
         (lambda m, h: m._allocator.free([h.page_ids[-1]]), "free pages with an owner"),
         (lambda m, h: m._allocator.allocate(1), "1 pages lost"),
         (lambda m, h: h.page_ids.append(h.page_ids[0]), "two owners"),

@@ -7,7 +7,8 @@ from collections.abc import Hashable
 
 import pytest
 
-from hf_accel.kv_cache.manager import KVCacheManager, PrefixMatch
+from hf_accel.kv_cache.manager import KVCacheManager
+from hf_accel.kv_cache.prefix_match import PageTail, PrefixMatch
 from hf_accel.request import Request
 from hf_accel.sampling_params import SamplingParams
 
@@ -61,8 +62,8 @@ def test_samples_of_one_prompt_share_its_pages() -> None:
     for request in samples:
         manager.free(request)
     manager.check_idle()
-    assert manager.stats.num_cached == 4 + 4
-    assert run(manager, make([*range(9), 2, 0, 0])).num_tokens == 10
+    assert manager.stats.num_cached == 4 + 2 * 4
+    assert run(manager, make([*range(9), 2, 0, 0])).num_tokens == 11
 
 
 def test_a_duplicate_page_is_swapped_for_the_tree_page() -> None:
@@ -92,7 +93,7 @@ def test_force_miss_finds_nothing_and_wastes_nothing() -> None:
     assert [i for i, _ in prefill(manager, request)] == [0, 1, 2, 3]
     manager.free(request)
     manager.check_idle()
-    assert manager.stats.num_cached == 4
+    assert manager.stats.num_cached == 5 and manager.take_page_copies() == ()
 
 
 def test_the_next_page_is_in_flight_until_it_is_committed() -> None:
@@ -108,7 +109,7 @@ def test_the_next_page_is_in_flight_until_it_is_committed() -> None:
     assert manager.match_prefix(same) == PrefixMatch(6, True)
     assert manager.match_prefix(branch) == PrefixMatch(6, False)
     prefill(manager, first)
-    assert manager.match_prefix(same) == PrefixMatch(10, False)  # its last page is its own to compute
+    assert manager.match_prefix(same) == PrefixMatch(11, False, 0, PageTail(5, 1))  # its last page is its own
     manager.free(first)
     manager.check_idle()
 
@@ -122,10 +123,65 @@ def test_nothing_is_in_flight_beyond_what_a_match_may_use() -> None:
     assert manager.match_prefix(make(range(12), logits_from=4)).in_flight
 
 
-def test_a_partial_page_is_not_in_flight() -> None:
+@pytest.mark.parametrize(("num_common", "worth"), [(3, False), (4, True), (7, True)])
+def test_a_partial_page_is_waited_for_if_it_saves_a_few_tokens(num_common: int, worth: bool) -> None:
+    manager = KVCacheManager(32, 8)
+    first, second = make(range(num_common)), make(range(12))
+    admit(manager, first)
+    assert manager.match_prefix(second) == PrefixMatch(0, worth)
+    prefill(manager, first)
+    assert manager.match_prefix(second) == PrefixMatch(num_common, False, 0, PageTail(0, num_common))
+
+
+def test_a_page_is_waited_for_if_what_lacks_is_worth_it() -> None:
+    manager = KVCacheManager(32, 8)
+    run(manager, make(range(7)))
+    first, same, other = make(range(30)), make(range(30)), make([*range(8), 50, 51, 52, 53])
+    assert admit(manager, first).num_tokens == 7
+    assert manager.match_prefix(same) == PrefixMatch(7, True, 0, PageTail(0, 7))
+    assert manager.match_prefix(other) == PrefixMatch(7, False, 0, PageTail(0, 7))  # a step for one token
+    prefill(manager, first, upto=29)
+    assert manager.match_prefix(same) == PrefixMatch(29, False, 0, PageTail(4, 5))
+    assert manager.match_prefix(other) == PrefixMatch(8, False)
+
+
+def test_nobody_waits_for_tokens_that_are_computed_but_not_committed() -> None:
     manager = KVCacheManager(32, 4)
-    admit(manager, make(range(3)))
-    assert not manager.match_prefix(make(range(12))).in_flight
+    first = make(range(6))
+    admit(manager, first)
+    prefill(manager, first)
+    first.token_ids += range(6, 16)  # decodes
+    manager.allocate(first.request_id, 16)
+    first.num_computed_tokens = 15
+    assert manager.match_prefix(make(range(16))) == PrefixMatch(6, False, 0, PageTail(1, 2))
+    manager.free(first)
+    assert manager.match_prefix(make(range(16))).num_tokens == 15
+
+
+def test_a_live_page_is_copied_while_its_request_writes_on() -> None:
+    manager = KVCacheManager(32, 4)
+    first, *others = samples = [make(range(6)) for _ in range(4)]
+    admit(manager, first)
+    prefill(manager, first)
+    for step in range(3):
+        first.token_ids.append(100 + step)
+        manager.allocate(first.request_id, first.num_tokens)
+        first.num_computed_tokens += 1
+        request = others[step]
+        assert admit(manager, request) == PrefixMatch(5, False, 0, PageTail(1, 1))
+        prefill(manager, request)
+    own = [manager.page_ids(request.request_id)[1] for request in others]
+    assert manager.take_page_copies() == tuple((1, page_id) for page_id in own)  # of the oldest each
+    for request in samples:
+        manager.free(request)
+    manager.check_idle()
+
+
+def test_a_failed_request_leaves_no_partial_page() -> None:
+    manager = KVCacheManager(32, 4)
+    run(manager, make(range(6)), cache=False)
+    assert manager.stats.num_cached == 1  # committed while it was well
+    assert manager.match_prefix(make(range(6))) == PrefixMatch(4, False, 1)
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -151,12 +207,12 @@ def test_a_retracted_request_comes_back_as_a_new_one() -> None:
     request.num_computed_tokens = 0
     manager.check_idle()
     assert not manager.match_prefix(make(range(20))).in_flight
-    assert admit(manager, request).num_tokens == 6
-    assert manager.match_prefix(make(range(9))) == PrefixMatch(6, True)
+    assert admit(manager, request).num_tokens == 7
+    assert manager.match_prefix(make(range(12))).num_tokens == 7
     prefill(manager, request)
     manager.free(request)
     manager.check_idle()
-    assert run(manager, make([*request.token_ids, 1])).num_tokens == 10
+    assert run(manager, make([*request.token_ids, 1])).num_tokens == 11
 
 
 def test_allocate_evicts_what_it_needs_and_no_locked_page() -> None:
@@ -214,7 +270,8 @@ def test_a_pool_of_one_page_works() -> None:
     manager = KVCacheManager(1, 4)
     for start in (0, 10, 0):
         assert run(manager, make(range(start, start + 4))).num_tokens == 0
-    assert run(manager, make([0, 1, 2])).num_tokens == 0
+    assert run(manager, make([0, 1, 2])).num_tokens == 2
+    assert manager.take_page_copies() == ()  # the page itself was taken over
     assert manager.pages_needed(None, 5) == 2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -48,3 +50,35 @@ def test_large_pool_is_writable_from_end_to_end() -> None:
 def test_sizes_must_be_positive(num_pages: int, page_size: int) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         MHAPool(LAYERS, num_pages=num_pages, page_size=page_size, dtype=torch.float32, device="cpu")
+
+
+def filled_pool(num_pages: int) -> MHAPool:
+    pool = MHAPool(LAYERS, num_pages, page_size=4, dtype=torch.float32, device="cpu")
+    for pages in (*pool.k_pages, *pool.v_pages):
+        pages.normal_()
+    return pool
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_are_as_if_made_one_by_one(seed: int) -> None:
+    draw = random.Random(seed)
+    pool = filled_pool(7)
+    copies = []
+    while len(copies) < draw.randrange(12):
+        source, destination = draw.sample(range(7), 2)
+        copies.append((source, destination))
+    expected = [pages.clone() for pages in (*pool.k_pages, *pool.v_pages)]
+    for pages in expected:
+        for source, destination in copies:
+            pages[destination] = pages[source].clone()
+    pool.copy_pages(copies)
+    for pages, wanted in zip((*pool.k_pages, *pool.v_pages), expected, strict=True):
+        assert torch.equal(pages, wanted)
+
+
+def test_copies_in_inference_mode_leave_the_pool_usable() -> None:
+    pool = filled_pool(3)
+    with torch.inference_mode():
+        pool.copy_pages([(0, 1), (1, 2)])
+    pool.copy_pages([(2, 0)])
+    assert torch.equal(pool.k_pages[0][2], pool.k_pages[0][0]) and not pool.k_pages[0].is_inference()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from hf_accel.kv_cache import radix
-from hf_accel.kv_cache.radix import PageKey, RadixCache, RadixNode
+from hf_accel.kv_cache.radix import RadixCache
+from hf_accel.kv_cache.radix_node import PageKey, RadixNode
 
 
 def keys(text: str) -> list[PageKey]:
@@ -20,7 +21,7 @@ def keys(text: str) -> list[PageKey]:
 
 def insert(cache: RadixCache, text: str, page_ids: list[int], namespace: str = "") -> RadixNode:
     root, _ = cache.match(namespace, [], 0)
-    node, held = cache.insert(root, keys(text), page_ids)
+    node, held, _ = cache.insert(root, keys(text), page_ids)
     cache.check_integrity()
     assert held == page_ids
     return node
@@ -35,7 +36,7 @@ def match(cache: RadixCache, text: str, limit: int = 99, namespace: str = "") ->
 
 
 def test_match_finds_the_longest_prefix() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     insert(cache, "abcd", [0, 1, 2, 3])
     assert match(cache, "abcdef") == [0, 1, 2, 3]
     assert match(cache, "abxd") == [0, 1]
@@ -46,14 +47,14 @@ def test_match_finds_the_longest_prefix() -> None:
 
 
 def test_match_takes_any_sequence_of_keys() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     insert(cache, "abcd", [0, 1, 2, 3])
     node, page_ids = cache.match("", tuple(keys("abcx")), 4)
     assert page_ids == [0, 1, 2] and node.page_keys == keys("abc")
 
 
 def test_match_ends_where_its_node_ends() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     insert(cache, "abcd", [0, 1, 2, 3])
     node, _ = cache.match("", keys("ab"), 2)
     assert node.page_ids == [0, 1]
@@ -61,18 +62,18 @@ def test_match_ends_where_its_node_ends() -> None:
 
 
 def test_insert_below_a_match_returns_the_pages_that_were_there() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     insert(cache, "abcd", [0, 1, 2, 3])
     node, _ = cache.match("", keys("a"), 1)
-    end, held = cache.insert(node, keys("bcx"), [11, 12, 13])
+    end, held, _ = cache.insert(node, keys("bcx"), [11, 12, 13])
     assert held == [1, 2, 13]
     assert [page for n in end.path() for page in n.page_ids] == [0, 1, 2, 13]
-    assert cache.insert(node, [], []) == (node, [])
+    assert cache.insert(node, [], []) == (node, [], [])
     cache.check_integrity()
 
 
 def test_a_split_keeps_handles_and_locks_true() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     node = insert(cache, "abcd", [0, 1, 2, 3])
     cache.lock(node)
     cache.lock(node)
@@ -91,10 +92,10 @@ def test_a_split_keeps_handles_and_locks_true() -> None:
 
 
 def test_a_lock_moves_down_without_visiting_the_path_above() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     first = insert(cache, "ab", [0, 1])
     cache.lock(first)
-    second, _ = cache.insert(first, keys("cd"), [2, 3])
+    second, _, _ = cache.insert(first, keys("cd"), [2, 3])
     cache.lock(second, below=first)
     assert [n.lock_count for n in second.path()] == [1, 1, 1]
     assert cache.num_protected_pages == 4
@@ -104,11 +105,11 @@ def test_a_lock_moves_down_without_visiting_the_path_above() -> None:
 
 
 def test_an_owned_leaf_grows_in_place() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     node = insert(cache, "a", [0])
     cache.lock(node)
     for i, letter in enumerate("bcdefgh", 1):
-        assert cache.insert(node, keys(letter), [i], owned=True) == (node, [i])
+        assert cache.insert(node, keys(letter), [i], owned=True) == (node, [i], [])
     assert node.page_ids == list(range(8)) and cache.num_protected_pages == 8
     cache.check_integrity()
     cache.unlock(node)
@@ -116,20 +117,20 @@ def test_an_owned_leaf_grows_in_place() -> None:
 
 
 def test_a_shared_or_inner_node_does_not_grow() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     node = insert(cache, "a", [0])
     cache.lock(node)
     cache.lock(node)  # somebody else's handle ends here too
-    child, _ = cache.insert(node, keys("b"), [1], owned=True)
+    child, _, _ = cache.insert(node, keys("b"), [1], owned=True)
     assert child is not node and node.page_ids == [0]
     cache.unlock(node)
-    other, _ = cache.insert(node, keys("c"), [2], owned=True)
+    other, _, _ = cache.insert(node, keys("c"), [2], owned=True)
     assert other is not node and node.page_ids == [0]
     cache.check_integrity()
 
 
 def test_namespaces_never_mix_and_empty_ones_go() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     insert(cache, "ab", [0, 1], namespace="x")
     insert(cache, "ab", [2, 3], namespace="y")
     assert match(cache, "ab", namespace="x") == [0, 1]
@@ -146,7 +147,7 @@ def test_namespaces_never_mix_and_empty_ones_go() -> None:
 
 
 def test_clear_namespace_leaves_locked_pages_and_other_namespaces() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     insert(cache, "abcd", [0, 1, 2, 3], namespace="x")
     insert(cache, "axy", [6, 4, 5], namespace="y")
     held, _ = cache.match("x", keys("ab"), 2)
@@ -162,7 +163,7 @@ def test_clear_namespace_leaves_locked_pages_and_other_namespaces() -> None:
 
 
 def test_reset_gives_every_page_back_and_refuses_under_a_lock() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     node = insert(cache, "abc", [0, 1, 2])
     insert(cache, "abd", [7, 8, 9], namespace="y")
     cache.lock(node)
@@ -175,7 +176,7 @@ def test_reset_gives_every_page_back_and_refuses_under_a_lock() -> None:
 
 
 def test_eviction_takes_the_least_recently_used_tail_first() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     insert(cache, "ab", [0, 1])
     insert(cache, "cd", [2, 3])
     insert(cache, "ef", [4, 5])
@@ -188,7 +189,7 @@ def test_eviction_takes_the_least_recently_used_tail_first() -> None:
 
 
 def test_a_use_of_a_child_is_a_use_of_its_parents() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     parent = insert(cache, "a", [0])
     insert(cache, "b", [1])
     cache.insert(parent, keys("c"), [2])  # visits only what is below `parent`
@@ -196,7 +197,7 @@ def test_a_use_of_a_child_is_a_use_of_its_parents() -> None:
 
 
 def test_unlock_counts_as_a_use() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     node = insert(cache, "ab", [0, 1])
     cache.lock(node)
     insert(cache, "cd", [2, 3])
@@ -205,7 +206,7 @@ def test_unlock_counts_as_a_use() -> None:
 
 
 def test_locked_pages_are_never_evicted() -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     insert(cache, "abcd", [0, 1, 2, 3])
     node, _ = cache.match("", keys("ab"), 2)
     assert cache.count_unlocked(node) == 2
@@ -228,7 +229,7 @@ def test_locked_pages_are_never_evicted() -> None:
     ],
 )
 def test_integrity_check_sees_damage(damage: Callable[[RadixNode], Any]) -> None:
-    cache = RadixCache()
+    cache = RadixCache(2)
     node = insert(cache, "ab", [0, 1])
     damage(node)
     with pytest.raises(AssertionError):
@@ -256,7 +257,7 @@ def count_lines(action: Callable[[], Any]) -> int:
 
 
 def eviction_cost(num_leaves: int) -> int:
-    cache = RadixCache()
+    cache = RadixCache(1)
     for i in range(num_leaves):
         root, _ = cache.match(0, [], 0)
         cache.insert(root, [(i,), (i + 1,)], [2 * i, 2 * i + 1])
@@ -270,7 +271,7 @@ def test_eviction_costs_the_same_in_a_large_tree() -> None:
 
 
 def test_a_use_of_every_leaf_costs_eviction_once() -> None:
-    cache = RadixCache()
+    cache = RadixCache(1)
     for i in range(1000):
         insert_at, _ = cache.match(0, [], 0)
         cache.insert(insert_at, [(i,)], [i])
@@ -284,15 +285,15 @@ def test_a_use_of_every_leaf_costs_eviction_once() -> None:
 
 def test_commit_after_a_long_path_costs_only_the_new_pages() -> None:
     def cost(num_nodes: int) -> int:
-        cache = RadixCache()
+        cache = RadixCache(1)
         node, _ = cache.match(0, [], 0)
         cache.lock(node)
         for i in range(num_nodes):
-            below, (node, _) = node, cache.insert(node, [(i,)], [i])
+            below, (node, _, _) = node, cache.insert(node, [(i,)], [i])
             cache.lock(node, below=below)
 
         def commit() -> None:
-            end, _ = cache.insert(node, [(-1,), (-2,)], [num_nodes, num_nodes + 1])
+            end, _, _ = cache.insert(node, [(-1,), (-2,)], [num_nodes, num_nodes + 1])
             cache.lock(end, below=node)
 
         return count_lines(commit)

@@ -1,7 +1,11 @@
-"""RadixCache against a flat dictionary of pages with a scan for the least recently used one."""
+"""RadixCache against a flat dictionary of pages, full and partial, with a scan for the least recently used one.
+
+HF_ACCEL_STRESS_EXAMPLES sets the number of hypothesis runs.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 
@@ -9,9 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hf_accel.kv_cache.radix import PageKey, RadixCache, RadixNode
+from hf_accel.kv_cache.radix import RadixCache
+from hf_accel.kv_cache.radix_node import PageKey, RadixNode
 
-Position = tuple[int, tuple[PageKey, ...]]  # namespace, keys from the root
+from .simulation import common
+
+PAGE_SIZE = 3
+Position = tuple[int, tuple[PageKey, ...]]  # namespace, keys from the root; the last one may be a partial page's
 
 
 class FlatCache:
@@ -40,14 +48,41 @@ class FlatCache:
         self.touch(end)
         return end, [self.pages[p] for p in self.path(end)]
 
-    def insert(self, start: Position, keys: Sequence[PageKey], page_ids: list[int]) -> tuple[Position, list[int]]:
-        end = (start[0], start[1] + tuple(keys))
+    def children(self, parent: Position) -> list[Position]:
+        namespace, keys = parent
+        return [p for p in self.pages if p[0] == namespace and p[1][:-1] == keys]
+
+    def add(self, position: Position, page_id: int) -> list[int]:
+        """Add a page that is not there; pages of siblings that are a part of it go."""
+        namespace, keys = position
+        parts = [p for p in self.children((namespace, keys[:-1])) if keys[-1][: len(p[1][-1])] == p[1][-1]]
+        self.pages[position], self.locks[position] = page_id, 0
+        return [self.drop(p) for p in parts]
+
+    def insert(
+        self, start: Position, keys: Sequence[PageKey], page_ids: list[int]
+    ) -> tuple[Position, list[int], list[int]]:
+        end, dropped = (start[0], start[1] + tuple(keys)), list[int]()
         for position, page_id in zip(self.path(end)[len(start[1]) :], page_ids, strict=True):
-            self.pages.setdefault(position, page_id)
-            self.locks.setdefault(position, 0)
+            if position not in self.pages:
+                dropped += self.add(position, page_id)
         if keys:
             self.touch(end)
-        return end, [self.pages[p] for p in self.path(end)[len(start[1]) :]]
+        return end, [self.pages[p] for p in self.path(end)[len(start[1]) :]], dropped
+
+    def insert_partial(self, parent: Position, key: PageKey, page_id: int) -> list[int]:
+        if any(p[1][-1][: len(key)] == key for p in self.children(parent)):
+            return [page_id]
+        position = (parent[0], (*parent[1], key))
+        dropped = self.add(position, page_id)
+        self.touch(position)
+        return dropped
+
+    def longest_common(self, parent: Position, tokens: PageKey) -> tuple[int, dict[int, Position]]:
+        """How many tokens the best children have in common with `tokens`, and those children by page."""
+        lengths = {p: common(p[1][-1], tokens) for p in self.children(parent)}
+        best = max(lengths.values(), default=0)
+        return best, {self.pages[p]: p for p, length in lengths.items() if length == best and best}
 
     def lock(self, position: Position, change: int) -> None:
         for p in self.path(position):
@@ -73,13 +108,18 @@ class FlatCache:
         return [self.drop(p) for p in list(self.pages) if p[0] == namespace and self.locks[p] == 0]
 
 
+FULL_KEYS: list[PageKey] = [(0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 0, 0)]
+PARTIAL_KEYS: list[PageKey] = [(0,), (0, 0), (0, 1), (1,), (1, 0), (1, 1)]
+
+
 class Comparison:
     """Both caches, driven together; every answer is compared."""
 
     def __init__(self) -> None:
-        self.real, self.flat = RadixCache(), FlatCache()
+        self.real, self.flat = RadixCache(PAGE_SIZE), FlatCache()
         self.handles: list[tuple[RadixNode, Position]] = []  # each locked once
         self.next_page = 0
+        self.num_dropped = self.num_partial_hits = 0
 
     def match(self, namespace: int, keys: list[PageKey], limit: int) -> tuple[RadixNode, Position]:
         node, page_ids = self.real.match(namespace, keys, limit)
@@ -96,14 +136,35 @@ class Comparison:
     ) -> tuple[RadixNode, Position]:
         page_ids = list(range(self.next_page, self.next_page + len(keys)))
         self.next_page += len(keys)
-        end_node, held = self.real.insert(node, keys, page_ids, owned=owned)
-        end, expected = self.flat.insert(start, keys, page_ids)
-        assert held == expected
+        end_node, held, dropped = self.real.insert(node, keys, page_ids, owned=owned)
+        end, expected, expected_dropped = self.flat.insert(start, keys, page_ids)
+        assert (held, dropped) == (expected, expected_dropped)
+        self.num_dropped += len(dropped)
         return end_node, end
+
+    def insert_partial(self, index: int, key: PageKey) -> None:
+        node, position = self.handles[index % len(self.handles)]
+        dropped = self.real.insert_partial(node, key, self.next_page)
+        assert dropped == self.flat.insert_partial(position, key, self.next_page)
+        self.num_dropped += dropped not in ([], [self.next_page])
+        self.next_page += 1
+
+    def match_longest(self, namespace: int, keys: list[PageKey], limit: int, tokens: PageKey) -> None:
+        node, position = self.match(namespace, keys, limit)
+        page_id, num_common = self.real.longest_common(node, tokens)
+        expected, candidates = self.flat.longest_common(position, tokens)
+        assert num_common == expected
+        if not expected:
+            assert page_id == -1
+            return
+        child = candidates[page_id]
+        if len(child[1][-1]) < PAGE_SIZE:
+            self.flat.used[child] = self.flat.tick
+            self.num_partial_hits += 1
 
     def match_and_insert(self, namespace: int, keys: list[PageKey], limit: int) -> None:
         node, end = self.match(namespace, keys, limit)
-        self.insert(node, end, keys[len(end[1]) :] or [(0,)])
+        self.insert(node, end, keys[len(end[1]) :] or [FULL_KEYS[0]])
 
     def match_and_lock(self, namespace: int, keys: list[PageKey], limit: int) -> None:
         node, end = self.match(namespace, keys, limit)
@@ -141,7 +202,9 @@ class Comparison:
 
 
 NAMESPACE = st.integers(0, 1)
-KEYS = st.lists(st.integers(0, 2).map(lambda token: (token,)), max_size=6)
+KEYS = st.lists(st.sampled_from(FULL_KEYS), max_size=6)
+PARTIAL = st.sampled_from(PARTIAL_KEYS)
+TOKENS = st.lists(st.integers(0, 1), max_size=PAGE_SIZE).map(tuple)
 LIMIT = st.integers(0, 7)
 INDEX = st.integers(0, 100)
 
@@ -156,6 +219,15 @@ class RadixMachine(RuleBasedStateMachine):
     @rule(namespace=NAMESPACE, keys=KEYS, limit=LIMIT)
     def match(self, namespace: int, keys: list[PageKey], limit: int) -> None:
         self.both.match(namespace, keys, limit)
+
+    @rule(namespace=NAMESPACE, keys=KEYS, limit=LIMIT, tokens=TOKENS)
+    def match_longest(self, namespace: int, keys: list[PageKey], limit: int, tokens: PageKey) -> None:
+        self.both.match_longest(namespace, keys, limit, tokens)
+
+    @precondition(lambda self: self.both.handles)
+    @rule(index=INDEX, key=PARTIAL)
+    def insert_partial(self, index: int, key: PageKey) -> None:
+        self.both.insert_partial(index, key)
 
     @rule(namespace=NAMESPACE, keys=KEYS, limit=LIMIT)
     def insert(self, namespace: int, keys: list[PageKey], limit: int) -> None:
@@ -197,17 +269,23 @@ class RadixMachine(RuleBasedStateMachine):
 
 
 TestRadixMachine = RadixMachine.TestCase
-TestRadixMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestRadixMachine.settings = settings(
+    max_examples=int(os.environ.get("HF_ACCEL_STRESS_EXAMPLES", "80")), stateful_step_count=40, deadline=None
+)
 
 
 def test_long_random_run() -> None:
     rng = random.Random(7)
     both = Comparison()
     for step in range(5_000):
-        namespace, keys = rng.randrange(3), [(rng.randrange(2),) for _ in range(rng.randrange(12))]
+        namespace, keys = rng.randrange(3), rng.choices(FULL_KEYS[1:3], k=rng.randrange(12))
         choice = rng.random()
-        if choice < 0.25:
+        if choice < 0.1:
             both.match(namespace, keys, rng.randrange(13))
+        elif choice < 0.2:
+            both.match_longest(namespace, keys, rng.randrange(13), rng.choice(FULL_KEYS + PARTIAL_KEYS))
+        elif choice < 0.35 and both.handles:
+            both.insert_partial(rng.randrange(6), rng.choice(PARTIAL_KEYS))
         elif choice < 0.45:
             both.match_and_insert(namespace, keys, rng.randrange(13))
         elif choice < 0.6 and len(both.handles) < 6:
@@ -222,3 +300,4 @@ def test_long_random_run() -> None:
             both.clear_namespace(namespace)
         if step % 10 == 0:
             both.check()
+    assert both.num_dropped > 10 and both.num_partial_hits > 10

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_accel.config import EngineConfig, FaultInjection
-from hf_accel.kv_cache.manager import KVCacheManager
+from hf_accel.kv_cache.manager import MIN_TOKENS_WORTH_WAITING, KVCacheManager
 from hf_accel.request import Request, RequestStatus
 from hf_accel.sampling_params import SamplingParams
 from hf_accel.scheduler.scheduler import OutOfPagesError, Scheduler
@@ -40,7 +40,10 @@ class Simulation:
         self.config = config
         self.cache = KVCacheManager(num_pages, config.page_size, config.enable_prefix_cache, config.faults.force_miss)
         self.scheduler = Scheduler(config, self.cache)
-        self.slots: dict[tuple[int, int], int] = {}  # (page, offset) -> token stored there
+        self.pages: list[list[tuple[int, ...] | None]] = [
+            [None] * config.page_size for _ in range(num_pages)
+        ]  # history
+        self.num_copies = 0
         self.tables: dict[int, dict[int, int]] = {}
         self.cohorts: list[list[Request]] = []
         self.requests: dict[int, Request] = {}
@@ -65,20 +68,24 @@ class Simulation:
         self.scheduler.check_integrity()
         page_size = self.config.page_size
         assert output.num_tokens <= self.config.max_num_batched_tokens
+        for source, destination in output.page_copies:
+            self.pages[destination] = list(self.pages[source])
+        self.num_copies += len(output.page_copies)
         for item in output.requests:  # as on the device: all of a step's tokens are stored before any is attended
             table = self.tables.setdefault(item.slot, {})
             table.update(item.page_updates)
-            for offset, token in enumerate(item.token_ids):
-                position = item.start + offset
-                self.slots[table[position // page_size], position % page_size] = token
+            history = tuple(self.requests[item.request_id].token_ids)
+            for position in range(item.start, item.start + len(item.token_ids)):
+                self.pages[table[position // page_size]][position % page_size] = history[: position + 1]
         sampled = {}
         for item in output.requests:
             request = self.requests[item.request_id]
             table, end = self.tables[item.slot], item.start + len(item.token_ids)
-            context = [self.slots[table[p // page_size], p % page_size] for p in range(end)]
-            assert context == request.token_ids[:end], "the pages do not hold the request's tokens"
+            for p in range(end):  # KV depends on all tokens before it
+                kept = self.pages[table[p // page_size]][p % page_size]
+                assert kept == tuple(request.token_ids[: p + 1]), "the pages do not hold the request's tokens"
             if end == request.num_tokens and not request.external_sampling:
-                sampled[item.request_id] = next_token(context)
+                sampled[item.request_id] = next_token(request.token_ids[:end])
         self.scheduler.update(output, sampled)
         self.scheduler.check_integrity()
         for cohort in self.cohorts:
@@ -180,9 +187,65 @@ def test_equal_prompts_are_computed_once() -> None:
     simulation.scheduler.schedule = lambda: steps.append(schedule()) or steps[-1]  # type: ignore[method-assign]
     simulation.run()
     computed = sum(step.num_tokens for step in steps)
-    shared = (len(prompt) - 1) // 4 * 4
-    assert [r.num_cached_tokens for r in requests] == [0] + [shared] * 4
-    assert computed == len(prompt) + 4 * (len(prompt) - shared) + 5 * 2
+    assert [r.num_cached_tokens for r in requests] == [0] + [len(prompt) - 1] * 4
+    assert computed == len(prompt) + 4 + 5 * 2
+
+
+@pytest.mark.parametrize("length", [5, 16, 17, 31, 40])
+@pytest.mark.parametrize("budget", [7, 64])
+def test_samples_of_one_prompt_compute_only_its_last_token(length: int, budget: int) -> None:
+    simulation = Simulation(EngineConfig(page_size=16, max_num_batched_tokens=budget), 60)
+    prompt = [i % 5 for i in range(length)]
+    requests = [simulation.add(prompt, 6, False) for _ in range(8)]
+    simulation.run()
+    first, *others = [r.num_cached_tokens or 0 for r in requests]
+    lost = 0 if budget > length else MIN_TOKENS_WORTH_WAITING - 1  # the last chunk may be too short to wait for
+    assert first == 0 and length - 1 - lost <= min(others) <= max(others) == length - 1
+    assert budget < 64 or simulation.num_copies == (7 if (length - 1) % 16 else 0)
+
+
+def test_a_few_common_tokens_are_not_waited_for() -> None:
+    simulation = Simulation(EngineConfig(page_size=16), 60)
+    requests = [simulation.add([1, 2, 3, 10 + i, 20 + i], 2, False) for i in range(4)]
+    simulation.step()
+    assert all(r.status is RequestStatus.RUNNING and not r.num_cached_tokens for r in requests)
+    later = simulation.add([1, 2, 3, 10, 21], 2, False)
+    simulation.run()
+    assert later.num_cached_tokens == 4
+
+
+def test_a_retracted_request_comes_back_from_its_own_partial_page() -> None:
+    simulation = Simulation(EngineConfig(page_size=4, faults=FaultInjection(retract_every=2)), 8)
+    request = simulation.add([1, 2, 3, 1, 2, 3], 4, False)
+    simulation.step()
+    output = simulation.scheduler.schedule()  # retracted, and admitted again
+    assert request.num_retractions == 1 and request.num_computed_tokens == 6 and len(output.page_copies) == 1
+    assert output.requests[0].start == 6
+    assert simulation.scheduler.schedule().page_copies == ()
+
+
+def test_copies_go_out_when_nothing_is_computed() -> None:
+    simulation = Simulation(EngineConfig(page_size=4, max_num_batched_tokens=64), 4)
+    simulation.add([1, 2, 3, 1, 2, 3], 2, False)
+    simulation.run()
+    doomed = simulation.add([1, 2, 3, 1, 2, 3] * 4, 2, False)
+    output = simulation.scheduler.schedule()
+    assert output.failed == (doomed.request_id,) and not output.requests and len(output.page_copies) == 1
+    simulation.run()
+
+
+def test_retract_all_recomputes_from_nothing() -> None:
+    simulation = Simulation(EngineConfig(page_size=4), 60)
+    requests = [simulation.add([1, 2, 3, 1, 2, 3, i], 5, False) for i in range(3)]
+    for _ in range(3):
+        simulation.step()
+    simulation.scheduler.retract_all()
+    simulation.scheduler.check_integrity()
+    assert simulation.cache.stats.num_free == 60 and list(simulation.scheduler.waiting) == [0, 1, 2]
+    simulation.pages = [[None] * 4 for _ in range(60)]
+    simulation.run()
+    for request in requests:
+        assert request.token_ids[7:] == alone(request.token_ids[:7], 5, False)
 
 
 def test_priority_and_longest_prefix_order() -> None:

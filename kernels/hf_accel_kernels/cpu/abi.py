@@ -85,6 +85,7 @@ def fused_library() -> ctypes.CDLL | None:
         return None
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     lib.hfa_panel_columns.restype = i32
+    lib.hfa_amx.argtypes, lib.hfa_amx.restype = [i32], i32
     lib.hfa_packed_create.argtypes, lib.hfa_packed_create.restype = [i64, i64, i32, i32], pointer
     lib.hfa_packed_destroy.argtypes, lib.hfa_packed_destroy.restype = [pointer], None
     lib.hfa_packed_bytes.argtypes, lib.hfa_packed_bytes.restype = [pointer], i64

@@ -83,10 +83,16 @@ class CpuAttention:
         try:
             self._attention = lib.hfa_paged_attention
             self._store = lib.hfa_store_kv
+            self._tiles = lib.hfa_attention_tiles
         except AttributeError as error:
             raise RuntimeError(f"the CPU library has no attention ops: {error}") from None
         self._attention.argtypes = self._store.argtypes = (ctypes.c_void_p,)
-        self._attention.restype = self._store.restype = ctypes.c_int
+        self._tiles.argtypes = (ctypes.c_int,)
+        self._attention.restype = self._store.restype = self._tiles.restype = ctypes.c_int
+
+    def use_tiles(self, wanted: bool) -> bool:
+        """Whether bf16 prefill may use the tile unit (AMX), for the whole process: it may at first. Returns whether it will."""
+        return bool(self._tiles(wanted))
 
     def paged_attention(
         self,

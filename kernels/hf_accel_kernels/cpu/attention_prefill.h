@@ -13,8 +13,6 @@ constexpr int BLOCK_ROWS = 192;
 constexpr int PREFILL_TILE = 128;
 static_assert(PREFILL_TILE == MAX_TILE && MR <= 8 && PREFILL_TILE % NR == 0 && BLOCK_ROWS % MR == 0);
 
-inline int prefill_block_tokens(const HfaAttentionArgs& a) { return std::max(1, BLOCK_ROWS / (a.num_heads / a.num_kv_heads)); }
-
 // c[MR, N*W] = alpha * c + a[MR, len] . b[len, N*W] in words; a's element (r, k) is at r*RS + k*KS. alpha null: c = a . b.
 template <class K, int N, int RS, int KS>
 static HFA_INLINE void multiply(int len, const typename K::Word* a, const typename K::Word* b, int64_t b_stride, float* c,

@@ -191,7 +191,7 @@ HFA_INLINE float max_lane(vf v) {
 template <int DEGREE = 6> HFA_INLINE vf exp2(vf x) {
   constexpr bool full = DEGREE == 6;
 #if defined(HFA_AVX512)
-  x = set1(-200.f) > x ? set1(-200.f) : x;
+  const __mmask16 large = _mm512_cmp_ps_mask((__m512)x, (__m512)set1(-126.f), _CMP_NLT_UQ);  // underflow takes an assist
   const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = x - n;
 #else
   const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
@@ -209,7 +209,7 @@ template <int DEGREE = 6> HFA_INLINE vf exp2(vf x) {
   p = fma(p, f, set1(full ? 6.93147181e-1f : 6.9312197e-1f));
   p = fma(p, f, set1(1.f));
 #if defined(HFA_AVX512)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (vf)_mm512_maskz_scalef_ps(large, (__m512)p, (__m512)n);
 #else
   const vf e = x != x ? x : (vf)((vi)p + (vi)((vu)(vi)t << 23));
   return x < set1(-126.f) ? zero() : e;

@@ -1,6 +1,5 @@
 // Linear layers over packed weights, plain C ABI. A packed weight is a second copy of W [N, K] in panels of
-// hfa_panel_columns() output columns, each panel [K][columns] (bfloat16: [K/2][columns][2], pairs along K), so that one
-// sequential read feeds the registers. Knows nothing of models.
+// hfa_panel_columns() output columns, each laid out as its kernel reads it (gemm_packed.h). Knows nothing of models.
 #pragma once
 #include <cstdint>
 
@@ -28,6 +27,10 @@ typedef struct HfaLinearArgs {
 
 // Columns of a panel; HFA_SILU_MUL expects the gate in the left half of each panel and the up projection in the right.
 int32_t hfa_panel_columns(void);
+
+// Whether bfloat16 weights packed from now on are multiplied on AMX tiles: not where the processor or the kernel has none,
+// nor with `wanted` 0 (for tests). Weights packed before stay as they are.
+int32_t hfa_amx(int32_t wanted);
 
 // Null when memory is short. Weights start as zero.
 HfaPacked* hfa_packed_create(int64_t num_columns, int64_t depth, int32_t dtype, int32_t with_bias);

@@ -3,8 +3,10 @@
 
 #include <omp.h>
 
+#include <atomic>
 #include <vector>
 
+#include "attention_amx.h"
 #include "attention_decode.h"
 #include "attention_prefill.h"
 
@@ -15,17 +17,43 @@ constexpr int MIN_SPLIT_KEYS = 256;  // keys a thread gets at least when a block
 
 thread_local Scratch thread_scratch;         // one block's working memory
 thread_local Scratch call_scratch;           // one call's states of split blocks, owned by the calling thread
-thread_local std::vector<Block> call_blocks; // one call's blocks, kv_head 0
+thread_local std::vector<Block> call_blocks; // one call's blocks
 
-void cut_into_blocks(const HfaAttentionArgs& a, std::vector<Block>& blocks) {
+// What one block does: the tile unit or vectors. Decode is the same for both.
+template <class K> struct Prefill {
+  static constexpr int ROWS = BLOCK_ROWS;
+  static int64_t scratch_bytes(const HfaAttentionArgs& a) { return prefill_scratch_bytes(a); }
+  static void run(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
+    prefill_block<K>(a, b, state, scratch);
+  }
+};
+
+#ifdef HFA_AMX
+struct Bf16Tiles : Bf16Pairs {};
+template <> struct Prefill<Bf16Tiles> {
+  static constexpr int ROWS = AMX_BLOCK_ROWS;
+  static int64_t scratch_bytes(const HfaAttentionArgs& a) { return amx_scratch_bytes(a); }
+  static void run(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
+    amx_block(a, b, state, scratch);
+  }
+};
+#endif
+
+bool is_decode(const HfaAttentionArgs& a, const Block& b) {
+  return b.num_tokens == 1 && a.num_heads / a.num_kv_heads <= MAX_DECODE_ROWS;
+}
+
+// The blocks of one kv head follow each other: they read the same keys.
+template <class K> void cut_into_blocks(const HfaAttentionArgs& a, std::vector<Block>& blocks) {
   blocks.clear();
-  const int step = prefill_block_tokens(a);
+  const int step = std::max(1, Prefill<K>::ROWS / (a.num_heads / a.num_kv_heads));
   for (int s = 0; s < a.num_seqs; ++s) {
     const int start = a.query_start_loc[s], length = a.query_start_loc[s + 1] - start;
-    for (int j = 0; j < length; j += step) {
+    for (int i = 0; i < (length + step - 1) / step * a.num_kv_heads; ++i) {
+      const int blocks_per_head = (length + step - 1) / step, j = i % blocks_per_head * step;
       Block b;
       b.seq = s;
-      b.kv_head = 0;
+      b.kv_head = i / blocks_per_head;
       b.first_token = start + j;
       b.num_tokens = std::min(step, length - j);
       b.first_position = a.seq_lens[s] - length + j;
@@ -50,7 +78,7 @@ State take_state(const HfaAttentionArgs& a, int64_t rows, Scratch& scratch) {
 }
 
 int64_t padded_rows(const HfaAttentionArgs& a, const Block& b) {
-  return round_up(int64_t(b.num_tokens) * (a.num_heads / a.num_kv_heads), MR);
+  return round_up(round_up(int64_t(b.num_tokens) * (a.num_heads / a.num_kv_heads), MR), 16);
 }
 
 // A sink is one more key with a zero value: it opens the running softmax of the first split.
@@ -90,19 +118,18 @@ void merge(const State& into, const State& from, int64_t rows) {
 }
 
 template <class K> void attend(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
-  if (b.num_tokens == 1 && a.num_heads / a.num_kv_heads <= MAX_DECODE_ROWS) decode_block<K>(a, b, state, scratch);
-  else prefill_block<K>(a, b, state, scratch);
+  if (is_decode(a, b)) decode_block<K>(a, b, state, scratch);
+  else Prefill<K>::run(a, b, state, scratch);
 }
 
-int64_t block_bytes(const HfaAttentionArgs& a) {
-  const int64_t rows = round_up(std::max(BLOCK_ROWS, a.num_heads / a.num_kv_heads), MR);
-  return state_bytes(a, rows) + std::max(decode_scratch_bytes(a), prefill_scratch_bytes(a));
+template <class K> int64_t block_bytes(const HfaAttentionArgs& a) {
+  const int64_t rows = round_up(std::max(Prefill<K>::ROWS, a.num_heads / a.num_kv_heads), MR) + 16;
+  return state_bytes(a, rows) + std::max(decode_scratch_bytes(a), Prefill<K>::scratch_bytes(a));
 }
 
-template <class K> void run_whole(const HfaAttentionArgs& a, Block b, int kv_head) {
-  b.kv_head = kv_head;
+template <class K> void run_whole(const HfaAttentionArgs& a, const Block& b) {
   Scratch& scratch = thread_scratch;
-  scratch.reset(size_t(block_bytes(a)));
+  scratch.reset(size_t(block_bytes<K>(a)));
   const State state = take_state(a, padded_rows(a, b), scratch);
   open_state(a, b, true, state);
   attend<K>(a, b, state, scratch);
@@ -111,36 +138,30 @@ template <class K> void run_whole(const HfaAttentionArgs& a, Block b, int kv_hea
 
 // Fewer blocks than threads: each block's keys are cut into num_splits runs, whose states are merged in order.
 template <class K> void run_split(const HfaAttentionArgs& a, const std::vector<Block>& blocks, int num_splits) {
-  const int num_items = int(blocks.size()) * a.num_kv_heads;
+  const int num_items = int(blocks.size());
   int64_t bytes = 0;
-  for (const Block& b : blocks) bytes += state_bytes(a, padded_rows(a, b)) * a.num_kv_heads * num_splits;
+  for (const Block& b : blocks) bytes += state_bytes(a, padded_rows(a, b)) * num_splits;
   Scratch& shared = call_scratch;
   shared.reset(size_t(bytes));
   std::vector<State> states;
   states.reserve(size_t(num_items) * num_splits);
-  for (int i = 0; i < num_items; ++i)
-    for (int s = 0; s < num_splits; ++s)
-      states.push_back(take_state(a, padded_rows(a, blocks[size_t(i / a.num_kv_heads)]), shared));
-  const auto item = [&](int i) {
-    Block b = blocks[size_t(i / a.num_kv_heads)];
-    b.kv_head = i % a.num_kv_heads;
-    return b;
-  };
+  for (const Block& b : blocks)
+    for (int s = 0; s < num_splits; ++s) states.push_back(take_state(a, padded_rows(a, b), shared));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.num_threads)
   for (int i = 0; i < num_items * num_splits; ++i) {
-    Block b = item(i / num_splits);
+    Block b = blocks[size_t(i / num_splits)];
     const int split = i % num_splits;
     const int chunk = int(round_up((b.key_end - b.key_begin + num_splits - 1) / num_splits, 64));
     b.key_begin = std::min(b.key_end, b.key_begin + split * chunk);
     b.key_end = std::min(b.key_end, b.key_begin + chunk);
     Scratch& scratch = thread_scratch;
-    scratch.reset(size_t(block_bytes(a)));
+    scratch.reset(size_t(block_bytes<K>(a)));
     open_state(a, b, split == 0, states[size_t(i)]);
     attend<K>(a, b, states[size_t(i)], scratch);
   }
 #pragma omp parallel for num_threads(a.num_threads)
   for (int i = 0; i < num_items; ++i) {
-    const Block b = item(i);
+    const Block& b = blocks[size_t(i)];
     const State& into = states[size_t(i) * num_splits];
     for (int s = 1; s < num_splits; ++s) merge(into, states[size_t(i) * num_splits + s], padded_rows(a, b));
     write_out<typename K::T>(a, b, into);
@@ -149,11 +170,10 @@ template <class K> void run_split(const HfaAttentionArgs& a, const std::vector<B
 
 template <class K> void run(const HfaAttentionArgs& a) {
   std::vector<Block>& blocks = call_blocks;
-  cut_into_blocks(a, blocks);
-  const int num_items = int(blocks.size()) * a.num_kv_heads;
+  cut_into_blocks<K>(a, blocks);
+  const int num_items = int(blocks.size());
   if (a.num_threads <= 1) {
-    for (const Block& b : blocks)
-      for (int h = 0; h < a.num_kv_heads; ++h) run_whole<K>(a, b, h);
+    for (const Block& b : blocks) run_whole<K>(a, b);
     return;
   }
   int longest = 0;
@@ -162,8 +182,29 @@ template <class K> void run(const HfaAttentionArgs& a) {
   while (num_items * num_splits < 2 * a.num_threads && longest >= 2 * num_splits * MIN_SPLIT_KEYS) num_splits *= 2;
   if (num_splits > 1) return run_split<K>(a, blocks, num_splits);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.num_threads)
-  for (int i = num_items - 1; i >= 0; --i)  // a sequence's last blocks are its longest
-    run_whole<K>(a, blocks[size_t(i / a.num_kv_heads)], i % a.num_kv_heads);
+  for (int i = num_items - 1; i >= 0; --i)  // a head's last blocks are its longest
+    run_whole<K>(a, blocks[size_t(i)]);
+}
+
+std::atomic<bool> tiles_wanted{true};
+
+bool use_tiles() {
+#ifdef HFA_AMX
+  return tiles_wanted.load(std::memory_order_relaxed) && amx_permitted();
+#else
+  return false;
+#endif
+}
+
+void run_bf16(const HfaAttentionArgs& a) {
+#ifdef HFA_AMX
+  if (use_tiles()) return run<Bf16Tiles>(a);
+#endif
+#ifdef HFA_BF16_DOT
+  run<Bf16Pairs>(a);
+#else
+  run<Fp32Lanes<bf16>>(a);
+#endif
 }
 
 template <class T> void store(const HfaStoreKvArgs& a) {
@@ -195,14 +236,15 @@ extern "C" int hfa_paged_attention(const HfaAttentionArgs* args) {
     return 1;
   switch (a.dtype) {
     case HFA_FLOAT32: run<Fp32Lanes<float>>(a); return 0;
-#ifdef HFA_BF16_DOT
-    case HFA_BFLOAT16: run<Bf16Pairs>(a); return 0;
-#else
-    case HFA_BFLOAT16: run<Fp32Lanes<bf16>>(a); return 0;
-#endif
+    case HFA_BFLOAT16: run_bf16(a); return 0;
     case HFA_FLOAT16: run<Fp32Lanes<fp16>>(a); return 0;
     default: return 1;
   }
+}
+
+extern "C" int hfa_attention_tiles(int wanted) {
+  tiles_wanted.store(wanted != 0, std::memory_order_relaxed);
+  return use_tiles();
 }
 
 extern "C" int hfa_store_kv(const HfaStoreKvArgs* args) {

@@ -28,6 +28,10 @@ struct HfaAttentionArgs {
 // Returns 0, or 1 for arguments that make no sense (dtype, sizes, num_heads % num_kv_heads).
 int hfa_paged_attention(const HfaAttentionArgs* args);
 
+// Whether bf16 prefill may use the tile unit (AMX), for the whole process; it may from the start. Returns 1 if it will:
+// it is wanted, compiled in, and the operating system permits it.
+int hfa_attention_tiles(int wanted);
+
 struct HfaStoreKvArgs {
   int32_t dtype, num_tokens, num_kv_heads, head_dim, v_head_dim, page_size, num_threads;
   const void* k;  // [num_tokens, num_kv_heads, head_dim]

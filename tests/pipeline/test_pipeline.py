@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
@@ -21,57 +20,8 @@ from transformers.pipelines.pt_utils import KeyDataset
 import hf_accel
 from hf_accel.demo.model import shipped_model
 from hf_accel.pipeline import AcceleratedPipeline
-from hf_accel.pipeline.batching import EndFinder
-from hf_accel.pipeline.grouping import Grouping, grouping_of, make_groups
 
-PROMPTS = [
-    "Q: What does json.dumps do?\nA:",
-    "The",
-    "Return the absolute path of a file. If the file does not exist, raise",
-    "Q: What does os.walk do?\nA:",
-    "class Thread",
-    "A list is",
-    "import os",
-    "If the argument is a string, it must be",
-    "Return True if",
-    "An object",
-]
-CHAT = [{"role": "user", "content": "What does json.dumps do?"}]
-OTHER_CHAT = [{"role": "user", "content": "What does os.walk do?"}, {"role": "assistant", "content": "Walk the"}]
-GREEDY = {"do_sample": False, "max_new_tokens": 9}
-
-
-def load():
-    path = shipped_model()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(path)
-
-
-@pytest.fixture(scope="module")
-def plain():
-    model, tokenizer = load()
-    return pipeline("text-generation", model=model, tokenizer=tokenizer)
-
-
-@pytest.fixture(scope="module")
-def ours():
-    pipe = AcceleratedPipeline(shipped_model(), dtype=torch.float32, engine_config={"num_pages": 512})
-    yield pipe
-    hf_accel.unpatch(pipe.model)
-
-
-@pytest.fixture
-def calls(ours, monkeypatch):
-    """Shapes of the prompts that reached `generate`."""
-    seen = []
-    generate = ours.model.generate
-
-    def recording(input_ids=None, **kwargs):
-        seen.append(None if input_ids is None else tuple(input_ids.shape))
-        return generate(input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(ours.model, "generate", recording)
-    return seen
+from .prompts import CHAT, GREEDY, OTHER_CHAT, PROMPTS, load
 
 
 @pytest.mark.parametrize(
@@ -244,31 +194,6 @@ def test_progress_bar(ours, capsys):
     assert "prompt" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("inputs", [PROMPTS[0], CHAT], ids=["str", "chat"])
-def test_stream_of_one_prompt_joins_to_its_text(plain, ours, inputs):
-    pieces = list(ours(copy.deepcopy(inputs), stream=True, **GREEDY))
-    expected = plain(copy.deepcopy(inputs), return_full_text=False, **GREEDY)[0]["generated_text"]
-    assert "".join(pieces) == expected
-    assert len(pieces) > 1
-
-
-def test_stream_of_a_list(plain, ours):
-    texts = [""] * len(PROMPTS)
-    for index, piece in ours(list(PROMPTS), stream=True, **GREEDY):
-        texts[index] += piece
-    assert texts == [o[0]["generated_text"] for o in plain(list(PROMPTS), return_full_text=False, **GREEDY)]
-
-
-def test_stream_can_be_left_and_errors_reach_the_reader(ours):
-    stream = ours(PROMPTS[:3], stream=True, do_sample=False, max_new_tokens=400)
-    next(stream)
-    stream.close()
-    with pytest.raises(ValueError, match="num_return_sequences"):
-        ours(PROMPTS[0], stream=True, num_return_sequences=2)
-    with pytest.raises(ValueError, match="not_a_parameter"):
-        list(ours(PROMPTS[0], stream=True, not_a_parameter=1))
-
-
 def test_constructors(ours):
     assert isinstance(ours, TextGenerationPipeline)
     model, tokenizer = load()
@@ -290,28 +215,3 @@ def test_constructor_errors():
         AcceleratedPipeline(model=model)
     with pytest.raises(ValueError, match="page_sise"):
         AcceleratedPipeline(model, tokenizer, engine_config={"page_sise": 8})
-
-
-def test_grouping_of_parameters():
-    assert grouping_of({"max_new_tokens": 4, "do_sample": True, "temperature": 0.7}) is Grouping.TOGETHER
-    assert grouping_of({"max_length": 40}) is Grouping.EQUAL_LENGTH
-    assert grouping_of({"max_length": 40, "max_new_tokens": 4, "num_beams": 1}) is Grouping.TOGETHER
-    assert grouping_of({"max_length": 40, "num_beams": 2}) is Grouping.ALONE
-    assert grouping_of({"something_new": 1}) is Grouping.ALONE
-    assert grouping_of({"stop_strings": ["x"]}) is Grouping.ALONE
-    assert grouping_of({"stop_strings": ["x"], "eos_token_id": 1}) is Grouping.TOGETHER
-    assert make_groups([3, 0, 5, 3], Grouping.TOGETHER) == [[0, 2, 3], [1]]
-    assert make_groups([3, 0, 5, 3], Grouping.EQUAL_LENGTH) == [[0, 3], [1], [2]]
-    assert make_groups([3, 0, 5, 3], Grouping.ALONE) == [[0], [1], [2], [3]]
-
-
-def test_where_a_sequence_ended():
-    plain_end = EndFinder({"eos_token_id": [1, 9], "pad_token_id": 2})
-    assert plain_end.num_new_tokens([5, 5, 7, 9, 2, 2], 2) == 2
-    assert plain_end.num_new_tokens([5, 5, 7, 8, 2, 2], 2) == 4  # a pad that was really generated
-    tokenizer = AutoTokenizer.from_pretrained(shipped_model())
-    stop, other = tokenizer.convert_tokens_to_ids(["e", "x"])
-    ends = EndFinder({"eos_token_id": 1, "pad_token_id": 1, "stop_strings": ["e"], "tokenizer": tokenizer})
-    assert ends.num_new_tokens([other, other, stop, 1, 1], 1) == 2  # stopped, then padding that looks like eos
-    assert ends.num_new_tokens([other, other, other, 1, 1], 1) == 3  # eos, then padding
-    assert ends.num_new_tokens([stop, 1, 1], 1) == 1  # the prompt's own "e" stops nothing

@@ -8,93 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import hf_accel
-from hf_accel import Engine, SamplingParams
-from hf_accel.config import FaultInjection
-
-PROMPT = torch.randint(0, 256, (1, 41), generator=torch.Generator().manual_seed(3))
-LENGTH = 10
-CONFIG = {"num_pages": 128, "page_size": 8, "faults": FaultInjection(check_integrity=True)}
-
-
-def make_llama(tied: bool = False):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def hf_tokens(model) -> list[int]:
-    """What the model's own code gives: from a copy, which is not patched."""
-    twin = copy.deepcopy(model)
-    assert not hf_accel.is_patched(twin)
-    return twin.generate(PROMPT, do_sample=False, max_new_tokens=LENGTH)[0, PROMPT.shape[1] :].tolist()
-
-
-class Generate:
-    """Our answers through `model.generate` of a patched model."""
-
-    def __init__(self, model, fused: bool):
-        self.model = hf_accel.patch(model, fused=fused, **CONFIG)
-        self.engine = hf_accel.get_engine(model)
-
-    def tokens(self) -> list[int]:
-        return self.model.generate(PROMPT, do_sample=False, max_new_tokens=LENGTH)[0, PROMPT.shape[1] :].tolist()
-
-
-class ByHand:
-    """Our answers through an Engine."""
-
-    def __init__(self, model, fused: bool):
-        self.engine = Engine(model, fused=fused, **CONFIG)
-
-    def tokens(self) -> list[int]:
-        return (
-            self.engine.generate([PROMPT[0]], SamplingParams(temperature=0, max_tokens=LENGTH))[0].outputs[0].token_ids
-        )
-
-
-WAYS = {
-    "generate-fused": lambda model: Generate(model, fused=True),
-    "generate-layers": lambda model: Generate(model, fused=False),
-    "engine-fused": lambda model: ByHand(model, fused=True),
-    "engine-layers": lambda model: ByHand(model, fused=False),
-}
-
-
-@pytest.fixture(params=WAYS)
-def way(request):
-    return WAYS[request.param]
-
-
-def backward(model: nn.Module) -> None:
-    model(input_ids=PROMPT, labels=PROMPT).loss.backward()
-
-
-class DataSGD(torch.optim.Optimizer):
-    """A custom optimizer that writes through `.data`, one element of each parameter: only its step can be noticed."""
-
-    def __init__(self, params):
-        super().__init__(params, {})
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data.view(-1)[p.numel() // 2 + 1] += 30.0
+from .ways import LENGTH, PROMPT, DataSGD, backward, hf_tokens, make_llama
 
 
 def stepped(make):
@@ -200,7 +114,7 @@ CHANGES = {
     "adamw-foreach": stepped(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True)),
     "adamw-loop": stepped(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False)),
     "sgd-fused": stepped(lambda p: torch.optim.SGD(p, lr=3.0, fused=True)),
-    "custom-data-optimizer": stepped(DataSGD),
+    "custom-data-optimizer": stepped(lambda parameters: DataSGD(parameters, 30.0)),
 } | {
     f.__name__: f
     for f in (
@@ -282,87 +196,3 @@ def test_one_element_through_data_needs_a_word(way):
     model.lm_head.weight.data[last, 7] += 1.0
     ours.engine.invalidate_weights()
     assert ours.tokens() == hf_tokens(model)
-
-
-# -- adapters --
-
-
-@pytest.fixture
-def lora(way):
-    """A model with two random adapters, 'one' active, and our answers on it."""
-    peft = pytest.importorskip("peft")
-    model = make_llama()
-    config = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "init_lora_weights": False}
-    torch.manual_seed(5)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**config), adapter_name="one").eval()
-    wrapped.add_adapter("two", peft.LoraConfig(**config))
-    return wrapped, way(wrapped)
-
-
-def cached_tokens(ours) -> int:
-    return ours.engine.stats().num_cached_tokens
-
-
-def test_switching_adapters_hits_the_old_cache_again(lora):
-    model, ours = lora
-    answers = {}
-    for name in ("one", "two"):
-        model.set_adapter(name)
-        answers[name] = hf_tokens(model.base_model.model)
-        assert ours.tokens() == answers[name]
-    assert answers["one"] != answers["two"]
-    for name in ("one", "two", "one"):
-        model.set_adapter(name)
-        before = cached_tokens(ours)
-        assert ours.tokens() == answers[name]
-        assert cached_tokens(ours) - before == 40  # the prompt's full pages
-
-
-def test_disabling_an_adapter_and_enabling_it_again(lora):
-    model, ours = lora
-    active = hf_tokens(model.base_model.model)
-    assert ours.tokens() == active
-    with model.disable_adapter():
-        base = hf_tokens(model.base_model.model)
-        assert base != active
-        assert ours.tokens() == base
-    before = cached_tokens(ours)
-    assert ours.tokens() == active
-    assert cached_tokens(ours) > before
-
-
-def test_merging_and_unmerging(lora):
-    model, ours = lora
-    assert ours.tokens() == hf_tokens(model.base_model.model)
-    model.merge_adapter()
-    assert ours.tokens() == hf_tokens(model.base_model.model)
-    model.unmerge_adapter()
-    assert ours.tokens() == hf_tokens(model.base_model.model)
-
-
-def test_training_an_adapter(lora):
-    model, ours = lora
-    before = ours.tokens()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3, fused=True)
-    backward(model)
-    optimizer.step()
-    assert ours.tokens() == hf_tokens(model.base_model.model) != before
-
-
-def test_merge_and_unload(lora):
-    model, ours = lora
-    adapted = ours.tokens()
-    base = model.merge_and_unload()
-    assert ours.tokens() == hf_tokens(base) == adapted
-
-
-def test_adding_an_adapter_to_a_model_in_use(way):
-    peft = pytest.importorskip("peft")
-    model = make_llama()
-    ours = way(model)
-    before = hf_tokens(model)
-    assert ours.tokens() == before
-    peft.get_peft_model(
-        model, peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
-    )
-    assert ours.tokens() == hf_tokens(model) != before

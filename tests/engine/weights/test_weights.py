@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import copy
-import functools
-import gc
-import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from hf_accel.engine import weights
 from hf_accel.engine.weights import WeightTracker
+
+from .ways import DataSGD
 
 
 def _backward(model: nn.Module) -> None:
     model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
-
-
-class _DataSGD(torch.optim.Optimizer):
-    """A custom optimizer of the kind found in research code: it writes one element through `.data`."""
-
-    def __init__(self, params):
-        super().__init__(params, {})
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.data.view(-1)[p.numel() // 2 + 1] += 1e-3
 
 
 OPTIMIZERS = {
@@ -38,7 +24,7 @@ OPTIMIZERS = {
     "adamw-loop": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=False),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-    "custom-data": _DataSGD,
+    "custom-data": lambda parameters: DataSGD(parameters, 1e-3),
 }
 
 
@@ -255,56 +241,6 @@ def test_nothing_changed(tiny_llama, action):
     before = tracker.version(), tracker.weights_version()
     action(tiny_llama)
     assert (tracker.version(), tracker.weights_version()) == before
-
-
-# -- lifetime --
-
-
-def test_tracker_does_not_keep_the_model_or_its_weights_alive(tiny_llama):
-    model = copy.deepcopy(tiny_llama)
-    tracker = WeightTracker(model)
-    tracker.version()
-    refs = [weakref.ref(model), weakref.ref(model.lm_head.weight), weakref.ref(model.model.layers[0])]
-    gc.collect()
-    gc.disable()
-    try:
-        del model
-        gc.collect()  # a module tree may be cyclic by itself
-        assert [ref() for ref in refs] == [None] * 3
-        tracker_ref = weakref.ref(tracker)
-        with pytest.raises(RuntimeError, match="no longer exists"):
-            tracker.version()
-        del tracker
-        assert tracker_ref() is None, "the tracker must be freed without the cycle collector"
-    finally:
-        gc.enable()
-
-
-def test_old_storage_is_freed_when_weights_are_replaced(tiny_llama):
-    tracker = WeightTracker(tiny_llama)
-    tracker.version()
-    old = weakref.ref(tiny_llama.lm_head.weight.untyped_storage())
-    old_parameter = weakref.ref(tiny_llama.lm_head.weight)
-    tiny_llama.lm_head.weight = nn.Parameter(torch.zeros(256, 64))
-    gc.collect()
-    assert old() is None and old_parameter() is None
-
-
-def test_optimizer_hook_is_installed_once_and_removed_with_the_last_tracker(tiny_llama, request):
-    from torch.optim import optimizer
-
-    gc.collect()
-    for other in list(weights._TRACKERS):  # of engines that other tests still hold
-        weights._unwatch_optimizers(other)
-        request.addfinalizer(functools.partial(weights._watch_optimizers, other))
-    WeightTracker(tiny_llama).close()
-    assert weights._after_optimizer_step not in optimizer._global_optimizer_post_hooks.values()
-    first, second = WeightTracker(tiny_llama), WeightTracker(tiny_llama)
-    assert list(optimizer._global_optimizer_post_hooks.values()).count(weights._after_optimizer_step) == 1
-    first.close()
-    assert weights._after_optimizer_step in optimizer._global_optimizer_post_hooks.values()
-    second.close()
-    assert weights._after_optimizer_step not in optimizer._global_optimizer_post_hooks.values()
 
 
 def test_tied_and_cyclic_trees():

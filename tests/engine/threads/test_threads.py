@@ -47,28 +47,6 @@ class RaisingCriterion(Raise, StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-@pytest.fixture(params=[True, False], ids=["fused", "own-layers"])
-def model(tiny_llama, request):
-    hf_accel.patch(tiny_llama, fused=request.param, **CONFIG)
-    yield tiny_llama
-    hf_accel.unpatch(tiny_llama)
-
-
-@pytest.fixture
-def batch_sizes(model, monkeypatch):
-    """Requests in each step; steps are slowed down a little so that callers meet."""
-    executor, sizes = hf_accel.get_engine(model).core.executor, []
-    execute = executor.execute
-
-    def recording(batch, requests):
-        sizes.append(len(requests))
-        time.sleep(0.001)
-        return execute(batch, requests)
-
-    monkeypatch.setattr(executor, "execute", recording)
-    return sizes
-
-
 def test_mixed_callers_get_their_solo_answers(model, batch_sizes, assert_idle):
     engine = hf_accel.get_engine(model)
     jobs = mixed_jobs(model)
