@@ -14,6 +14,7 @@ static_assert(GROUP % KEY_ROWS == 0 && W % std::min(W, KEY_ROWS) == 0);
 struct Fp32Vectors : attn::Fp32Lanes<float> {
   using Elem = float;
   static constexpr int TILE = 64, DEPTH = 1, KEYS = 1;
+  static HFA_INLINE Reg broadcast(Word w) { return w - vf{}; }  // 0 + w would be an addition: it changes -0
 };
 #ifdef HFA_BF16_DOT
 struct Bf16Vectors : attn::Bf16Pairs {
@@ -37,9 +38,10 @@ static void score_keys(const typename K::Word* q, int64_t num_words, const typen
   for (int r = 0; r < KEY_ROWS; ++r)
 #pragma GCC unroll 3
     for (int i = 0; i < N; ++i) acc[r][i] = zero();
-  const Word* row[KEY_ROWS];
+  typedef Word Aliased __attribute__((may_alias, aligned(2)));  // read in place, so that it is broadcast by the load
+  const Aliased* row[KEY_ROWS];
 #pragma GCC unroll 8
-  for (int r = 0; r < KEY_ROWS; ++r) row[r] = reinterpret_cast<const Word*>(rows + r * stride);
+  for (int r = 0; r < KEY_ROWS; ++r) row[r] = reinterpret_cast<const Aliased*>(rows + r * stride);
   constexpr int WORDS_A_LINE = 16 / KEY_ROWS;  // 64 bytes of KEY_ROWS rows' share
   for (int64_t k = 0; k < num_words; ++k) {
     if (ahead && k % WORDS_A_LINE == 0) __builtin_prefetch(ahead + k / WORDS_A_LINE * 64, 0, 2);
@@ -48,7 +50,7 @@ static void score_keys(const typename K::Word* q, int64_t num_words, const typen
     for (int i = 0; i < N; ++i) query[i] = loadu<typename K::Reg>(q + (i * num_words + k) * W);
 #pragma GCC unroll 8
     for (int r = 0; r < KEY_ROWS; ++r) {
-      const typename K::Reg key = K::broadcast(loadu<Word>(row[r] + k));
+      const typename K::Reg key = K::broadcast(row[r][k]);
 #pragma GCC unroll 3
       for (int i = 0; i < N; ++i) acc[r][i] = K::mac(acc[r][i], query[i], key);
     }
