@@ -139,7 +139,9 @@ def bench_decode(heads: int, dtype: torch.dtype, batch: int, context: int, round
     row["attend_gbps"] = round(layers.num_bytes / statistics.median(times["attend"]) / 1e9, 1)
     row["read_gbps"] = round(statistics.median(reads), 1)
     row["of_torch"] = round(statistics.median(times["torch"]) / statistics.median(times["absorbed"]), 1)
-    row["of_hf"] = round(statistics.median(times["hf"]) / statistics.median(times["absorbed"]), 1) if times["hf"] else ""
+    row["of_hf"] = (
+        round(statistics.median(times["hf"]) / statistics.median(times["absorbed"]), 1) if times["hf"] else ""
+    )
     return row
 
 

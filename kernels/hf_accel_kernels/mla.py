@@ -195,14 +195,18 @@ def mla_absorbed_attention(
     """
     _check_pages(pages, scales, q.dtype)
     rope = pages.shape[2] - weights.rank
-    if q.ndim != 3 or q.shape[1:] != (weights.num_heads, weights.nope + rope) or q.dtype != weights.dtype:
+    if (
+        q.ndim != 3
+        or q.shape[1:] != (weights.num_heads, weights.nope + rope)
+        or (q.dtype, q.device) != (weights.dtype, weights.device)
+    ):
         raise ValueError(
-            f"q must be [num_tokens, {weights.num_heads}, {weights.nope} + rope] of {weights.dtype} for pages "
-            f"{tuple(pages.shape)} and rank {weights.rank}, got {tuple(q.shape)} {q.dtype}"
+            f"q must be [num_tokens, {weights.num_heads}, {weights.nope} + rope] of {weights.dtype} on {weights.device} for pages "
+            f"{tuple(pages.shape)} and rank {weights.rank}, got {tuple(q.shape)} {q.dtype} on {q.device}"
         )
     _check_tables(page_table, seq_lens, query_start_loc)
     out = _check_out(out, q, weights.v)
-    cpu = _cpu_ops() if weights.packed is not None and q.device.type == "cpu" else None
+    cpu = _cpu_ops() if q.device.type == "cpu" else None
     if cpu is None:
         w_uk, w_uv = weights.views()
         tables = (page_table, seq_lens, query_start_loc)

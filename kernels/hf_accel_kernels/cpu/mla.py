@@ -40,7 +40,9 @@ class MlaArgs(ctypes.Structure):
         ("out_head_stride", ctypes.c_int64),
         ("num_tokens", ctypes.c_int64),
         ("nope", ctypes.c_int32),
-        ("weights", ctypes.c_void_p),
+        ("v", ctypes.c_int32),
+        ("weight", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64),
     )
 
 
@@ -117,10 +119,11 @@ class CpuMla:
         scales: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        """`mla.mla_absorbed_attention` into `out`; arguments as validated there, the weights packed."""
+        """`mla.mla_absorbed_attention` into `out`; arguments as validated there."""
         _fill(q, pages, page_table, seq_lens, query_start_loc, scale, weights.rank, scales, out)
         args = _args.attention
-        args.num_tokens, args.nope, args.weights = q.shape[0], weights.nope, weights.handles
+        args.num_tokens, args.nope, args.v = q.shape[0], weights.nope, weights.v
+        args.weight, args.weight_stride = weights.weight.data_ptr(), weights.weight.stride(0)
         _check(self._absorbed(_args.attention_ref))
 
     def store(

@@ -27,9 +27,8 @@ inline bool amx_permitted() {
 }
 
 // All eight registers 16 x 64 bytes while it lives.
-class TileRegisters {
- public:
-  TileRegisters() {
+template <> struct Registers<Bf16Tiles> {
+  Registers() {
     struct alignas(64) Config {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -37,7 +36,7 @@ class TileRegisters {
     } config;
     asm volatile("ldtilecfg %0" : : "m"(config));
   }
-  ~TileRegisters() { _tile_release(); }
+  ~Registers() { _tile_release(); }
 };
 
 // The tile intrinsics do not tell the compiler which memory they touch.
@@ -104,7 +103,8 @@ inline void score_pairs(const Tile<Bf16Tiles>& tile, int first, const uint32_t* 
   _tile_stored(3, s + s_panel + TILE_WORDS, 64);
 }
 
-inline void tile_scores(const Sizes& s, const Tile<Bf16Tiles>& tile, Buffers<Bf16Tiles>& buf) {
+inline void all_scores(const Sizes& s, const Tile<Bf16Tiles>& tile, Buffers<Bf16Tiles>& buf) {
+  memory_barrier();
   const int num_groups = (tile.count + 15) / 16;
   int panel = 0;
   for (; panel + 1 < s.num_panels; panel += 2)
@@ -112,6 +112,17 @@ inline void tile_scores(const Sizes& s, const Tile<Bf16Tiles>& tile, Buffers<Bf1
       score_pairs(tile, g, buf.q + panel * s.num_words * 16, s.num_words, panel == 0, buf.s + (panel * Bf16Tiles::TILE + g * 16) * 16);
   for (int g = 0; panel < s.num_panels && g < num_groups; g += 4)
     score_groups(tile, g, buf.q + panel * s.num_words * 16, s.num_words, panel == 0, buf.s + (panel * Bf16Tiles::TILE + g * 16) * 16);
+  memory_barrier();
+}
+
+// p as A tiles of elements [0, n) of rows row(0..s.num_rows), zeros beyond.
+template <class F> static void pack_tile_rows(const Sizes& s, int n, F row, uint32_t* p) {
+  constexpr int64_t PANEL = Bf16Tiles::TILE / 2 * 16;
+  for (int r = 0; r < s.num_panels * 16; ++r)
+    for (int c = 0; c < n; c += 32) {
+      const vu x = r < s.num_rows ? attn::Bf16Pairs::load_words_n(row(r) + c, n - c) : vu{};
+      storeu(p + r / 16 * PANEL + c / 32 * TILE_WORDS + r % 16 * 16, x);
+    }
 }
 
 // p of 32 keys at a time from logits s[count][16]; adds to the panel's sums.
@@ -186,6 +197,7 @@ inline void sum_pairs(const uint32_t* p, int64_t p_panel, const uint32_t* v, int
 }
 
 inline void tile_sums(const Sizes& s, int count, Buffers<Bf16Tiles>& buf, const State& state) {
+  memory_barrier();
   const int num_steps = (count + 31) / 32;
   const int64_t stride = s.columns + 16, p_panel = Bf16Tiles::TILE / 2 * 16, acc_panel = s.columns * 16;
   int panel = 0;
@@ -194,19 +206,18 @@ inline void tile_sums(const Sizes& s, int count, Buffers<Bf16Tiles>& buf, const 
       sum_pairs(buf.p + panel * p_panel, p_panel, buf.v + c, stride, num_steps, state.acc + panel * acc_panel + c * 16, acc_panel);
   for (int64_t c = 0; panel < s.num_panels && c < s.columns; c += 64)
     sum_columns(buf.p + panel * p_panel, buf.v + c, stride, num_steps, state.acc + panel * acc_panel + c * 16);
+  memory_barrier();
 }
 
 // state: base -inf, the rest zero on entry.
 template <class T> static void attend_tiles(const HfaMlaArgs& a, const Block& b, const Sizes& s, const State& state, Buffers<Bf16Tiles>& buf) {
   pack_queries<Bf16Tiles, T>(a, s, b, buf);
-  const TileRegisters registers;
+  const Registers<Bf16Tiles> registers;
   Tile<Bf16Tiles> tile;
   for (int begin = b.key_begin; begin < b.key_end; begin += Bf16Tiles::TILE) {
     load_tile<Bf16Tiles, T>(a, s, b, begin, buf.rows, tile);
-    memory_barrier();
-    tile_scores(s, tile, buf);
-    interleave(s, a.rank, tile, int(round_up(tile.count, 32)), buf);
-    memory_barrier();
+    all_scores(s, tile, buf);
+    interleave(s, a.rank, tile, int(round_up(tile.count, 32)), a.rank, buf);
     for (int panel = 0; panel < s.num_panels; ++panel) {
       float *lane_s = buf.s + panel * Bf16Tiles::TILE * 16, *base = state.base + panel * 16, *sum_ = state.sum + panel * 16;
       vf alpha;
@@ -216,10 +227,8 @@ template <class T> static void attend_tiles(const HfaMlaArgs& a, const Block& b,
       }
       tile_probabilities(lane_s, buf.p + panel * Bf16Tiles::TILE / 2 * 16, tile.count, usable(loadu<vf>(base)), sum_);
     }
-    memory_barrier();
     tile_sums(s, tile.count, buf, state);
   }
-  memory_barrier();
 }
 
 }  // namespace mla

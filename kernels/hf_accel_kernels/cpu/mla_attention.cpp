@@ -5,8 +5,7 @@
 
 #include <vector>
 
-#include "mla_amx.h"
-#include "mla_vector.h"
+#include "mla_product.h"
 
 namespace {
 using namespace mla;
@@ -143,19 +142,17 @@ bool make_sense(const HfaMlaArgs& a) {
          a.page_size > 0;
 }
 
-void attend_all(const HfaMlaArgs& a) {
-  switch (a.dtype) {
-    case HFA_FLOAT32: return run<Fp32Vectors, float>(a);
-    case HFA_FLOAT16: return run<Fp32Vectors, fp16>(a);
-    default: break;
-  }
+// f.run<K, T>(): K the kernels for the call's type T on this processor.
+template <class F> auto with_kernels(const HfaMlaArgs& a, F f) {
+  if (a.dtype == HFA_FLOAT32) return f.template run<Fp32Vectors, float>();
+  if (a.dtype == HFA_FLOAT16) return f.template run<Fp32Vectors, fp16>();
 #ifdef HFA_MLA_AMX
-  if (amx_permitted()) return run<Bf16Tiles, bf16>(a);
+  if (amx_permitted()) return f.template run<Bf16Tiles, bf16>();
 #endif
 #ifdef HFA_BF16_DOT
-  run<Bf16Vectors, bf16>(a);
+  return f.template run<Bf16Vectors, bf16>();
 #else
-  run<Fp32Vectors, bf16>(a);
+  return f.template run<Fp32Vectors, bf16>();
 #endif
 }
 
@@ -188,26 +185,9 @@ template <class T> void copy_rope(const HfaMlaArgs& a, const T* q, int64_t count
              size_t(a.rope) * sizeof(T));
 }
 
-// One product a head: x and out are the first head's, further heads follow at the given distances.
-template <class T> struct PerHead {
-  const T* x;
-  int64_t x_token_stride, x_head_stride;
-  T* out;
-  int64_t out_token_stride, out_head_stride;
+Scratch& thread_block_scratch() { return block_scratch; }
 
-  void run(const HfaPacked* const* weights, int num_heads, int64_t count, int num_threads) const {
-#pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
-    for (int h = 0; h < num_heads; ++h) {
-      HfaLinearArgs args = {};
-      args.x = x + h * x_head_stride, args.x_stride = x_token_stride, args.num_rows = count;
-      args.out = out + h * out_head_stride, args.out_stride = out_token_stride;
-      args.scale = 1.f, args.num_threads = 1;
-      hfa_packed_linear(weights[h], &args);
-    }
-  }
-};
-
-template <class T> int run_absorbed(const HfaMlaArgs& a) {
+template <class K, class T> void run_absorbed(const HfaMlaArgs& a) {
   const int64_t width = int64_t(a.rank) + a.rope, heads = a.num_heads;
   const int64_t fit = CHUNK_BYTES / int64_t(sizeof(T)) / (heads * (width + a.rank));
   const int64_t step = std::min(a.num_tokens, std::max(fit, MIN_CHUNK_TOKENS));
@@ -215,34 +195,50 @@ template <class T> int run_absorbed(const HfaMlaArgs& a) {
   scratch.reset(size_t(step * heads * (width + a.rank)) * sizeof(T) + 128);
   T* const absorbed = scratch.take<T>(step * heads * width);
   T* const o_lat = scratch.take<T>(step * heads * a.rank);
+  const int64_t head_rows = (int64_t(a.nope) + a.v) * a.weight_stride;
+  const T* const weight = static_cast<const T*>(a.weight);
   Chunk chunk;
   for (int64_t first = 0; first < a.num_tokens; first += step) {
     const int64_t count = std::min(step, a.num_tokens - first);
     const T* q = static_cast<const T*>(a.q) + first * a.q_token_stride;
     T* out = static_cast<T*>(a.out) + first * a.out_token_stride;
-    PerHead<T>{q, a.q_token_stride, a.q_head_stride, absorbed, heads * width, width}.run(a.weights, a.num_heads, count, a.num_threads);
+    for_heads<K, T>(a, count, thread_block_scratch, [&](const HeadProduct<K, T>& product, int64_t t, int h, bool more) {
+      const T* w = weight + h * head_rows;
+      product.absorb({q + t * a.q_token_stride + h * a.q_head_stride, a.q_token_stride}, {w, a.weight_stride, a.nope},
+                     more ? w + head_rows : nullptr, {absorbed + (t * heads + h) * width, heads * width});
+    });
     copy_rope(a, q, count, absorbed);
     HfaMlaArgs part = chunk.of(a, first, count);
     part.q = absorbed, part.q_token_stride = heads * width, part.q_head_stride = width;
     part.out = o_lat, part.out_token_stride = heads * a.rank, part.out_head_stride = a.rank;
-    attend_all(part);
-    PerHead<T>{o_lat, heads * a.rank, a.rank, out, a.out_token_stride, a.out_head_stride}.run(a.weights + heads, a.num_heads, count,
-                                                                                              a.num_threads);
+    run<K, T>(part);
+    for_heads<K, T>(a, count, thread_block_scratch, [&](const HeadProduct<K, T>& product, int64_t t, int h, bool more) {
+      const T* w = weight + h * head_rows + a.nope * a.weight_stride;
+      product.expand({o_lat + (t * heads + h) * a.rank, heads * a.rank}, {w, a.weight_stride, a.v}, more ? w + head_rows : nullptr,
+                     {out + t * a.out_token_stride + h * a.out_head_stride, a.out_token_stride});
+    });
   }
-  return 0;
 }
+
+struct Attend {
+  const HfaMlaArgs& a;
+  template <class K, class T> void run() const { ::run<K, T>(a); }
+};
+struct Absorbed {
+  const HfaMlaArgs& a;
+  template <class K, class T> void run() const { run_absorbed<K, T>(a); }
+};
 
 }  // namespace
 
 extern "C" int hfa_mla_attention(const HfaMlaArgs* args) {
   if (!make_sense(*args)) return 1;
-  attend_all(*args);
+  with_kernels(*args, Attend{*args});
   return 0;
 }
 
 extern "C" int hfa_mla_absorbed_attention(const HfaMlaArgs* args) {
-  if (!make_sense(*args) || args->nope <= 0) return 1;
-  if (args->dtype == HFA_FLOAT32) return run_absorbed<float>(*args);
-  if (args->dtype == HFA_BFLOAT16) return run_absorbed<bf16>(*args);
-  return 1;
+  if (!make_sense(*args) || args->nope <= 0 || args->v <= 0 || args->num_tokens < 0) return 1;
+  with_kernels(*args, Absorbed{*args});
+  return 0;
 }

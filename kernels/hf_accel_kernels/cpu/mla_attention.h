@@ -3,7 +3,6 @@
 #pragma once
 #include <cstdint>
 
-#include "gemm.h"
 #include "paged_attention.h"
 
 extern "C" {
@@ -24,15 +23,16 @@ struct HfaMlaArgs {
   int64_t out_token_stride, out_head_stride;
   // hfa_mla_absorbed_attention only:
   int64_t num_tokens;
-  int32_t nope;
-  const HfaPacked* const* weights;  // [2 * num_heads]: Wuk^T [rank, nope] of every head, then Wuv [v, rank] of every head
+  int32_t nope, v;
+  const void* weight;  // [num_heads, nope + v, rank] of q's type: Wuk above Wuv
+  int64_t weight_stride;
 };
 
 // Query j of a sequence with q_len queries stands at position seq_len - q_len + j (causal, bottom-right).
-// Returns 0, 1 for arguments that make no sense, 2 when memory is short.
+// Returns 0, or 1 for arguments that make no sense.
 int hfa_mla_attention(const HfaMlaArgs* args);
 
-// Absorb each head's query, attend, expand each head's result. float32 and bfloat16; intermediates are of that type.
+// Absorb each head's query, attend, expand each head's result; intermediates are of q's type.
 int hfa_mla_absorbed_attention(const HfaMlaArgs* args);
 
 struct HfaMlaStoreArgs {

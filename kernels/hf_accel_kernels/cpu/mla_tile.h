@@ -146,26 +146,34 @@ template <class K> struct Buffers {
   }
 };
 
-template <class K, class T>
-static void pack_queries(const HfaMlaArgs& a, const Sizes& s, const Block& b, Buffers<K>& buf) {
-  using Word = typename K::Word;
+// Elements [0, n) of rows row(0..s.num_rows) to [panels][panel_words][W] words, zeros beyond n and the rows.
+template <class K, class T, class F>
+static void pack_rows(const Sizes& s, int n, int64_t num_words, int64_t panel_words, F row, typename K::Word* out) {
   constexpr int STEP = W * K::PER_WORD;
   typename K::Elem lane[STEP];
   for (int panel = 0; panel < s.num_panels; ++panel)
-    for (int64_t c = 0; c < s.num_words; c += W) {
+    for (int64_t c = 0; c < num_words; c += W) {
+      const int from = int(c) * K::PER_WORD, live = std::max(0, std::min(STEP, n - from));
       typename K::Reg r[W];
       for (int i = 0; i < W; ++i) {
-        const int row = panel * W + i, n = int(std::min<int64_t>(STEP, s.dim - c * K::PER_WORD));
-        memset(lane, 0, sizeof lane);
-        if (row < s.num_rows && n > 0)
-          convert(static_cast<const T*>(a.q) + (b.first_token + row / a.num_heads) * a.q_token_stride +
-                      row % a.num_heads * a.q_head_stride + c * K::PER_WORD, n, lane);
+        r[i] = typename K::Reg{};
+        if (panel * W + i >= s.num_rows || !live) continue;
+        if (live < STEP) memset(lane, 0, sizeof lane);
+        convert(row(panel * W + i) + from, live, lane);
         r[i] = loadu<typename K::Reg>(lane);
       }
       transpose(r);
-      Word* const to = buf.q + (panel * s.num_words + c) * W;
-      for (int i = 0; i < W && c + i < s.num_words; ++i) storeu(to + i * W, r[i]);
+      typename K::Word* const to = out + (panel * panel_words + c) * W;
+      for (int i = 0; i < W && c + i < num_words; ++i) storeu(to + i * W, r[i]);
     }
+}
+
+template <class K, class T>
+static void pack_queries(const HfaMlaArgs& a, const Sizes& s, const Block& b, Buffers<K>& buf) {
+  const auto row = [&](int r) {
+    return static_cast<const T*>(a.q) + (b.first_token + r / a.num_heads) * a.q_token_stride + r % a.num_heads * a.q_head_stride;
+  };
+  pack_rows<K, T>(s, s.dim, s.num_words, s.num_words, row, buf.q);
   for (int r = 0; r < s.num_panels * W; ++r)
     buf.position[r] = b.first_position + std::min(r, s.num_rows - 1) / a.num_heads;
 }

@@ -14,6 +14,7 @@ static_assert(GROUP % KEY_ROWS == 0 && W % std::min(W, KEY_ROWS) == 0);
 struct Fp32Vectors : attn::Fp32Lanes<float> {
   using Elem = float;
   static constexpr int TILE = 64, DEPTH = 1, KEYS = 1;
+  static HFA_INLINE Reg broadcast(Word w) { return w - vf{}; }  // 0 + w would be an addition: it changes -0
 };
 #ifdef HFA_BF16_DOT
 struct Bf16Vectors : attn::Bf16Pairs {
@@ -21,6 +22,11 @@ struct Bf16Vectors : attn::Bf16Pairs {
   static constexpr int TILE = 64, DEPTH = 2, KEYS = 2;
 };
 #endif
+
+// What a kernel needs set up in the processor while it runs.
+template <class K> struct Registers {
+  Registers() {}
+};
 
 // s[KEY_ROWS keys][W] of N panels; `ahead`: as many rows as these to fetch meanwhile, or null.
 template <class K, int N>
@@ -32,9 +38,10 @@ static void score_keys(const typename K::Word* q, int64_t num_words, const typen
   for (int r = 0; r < KEY_ROWS; ++r)
 #pragma GCC unroll 3
     for (int i = 0; i < N; ++i) acc[r][i] = zero();
-  const Word* row[KEY_ROWS];
+  typedef Word Aliased __attribute__((may_alias, aligned(2)));  // read in place, so that it is broadcast by the load
+  const Aliased* row[KEY_ROWS];
 #pragma GCC unroll 8
-  for (int r = 0; r < KEY_ROWS; ++r) row[r] = reinterpret_cast<const Word*>(rows + r * stride);
+  for (int r = 0; r < KEY_ROWS; ++r) row[r] = reinterpret_cast<const Aliased*>(rows + r * stride);
   constexpr int WORDS_A_LINE = 16 / KEY_ROWS;  // 64 bytes of KEY_ROWS rows' share
   for (int64_t k = 0; k < num_words; ++k) {
     if (ahead && k % WORDS_A_LINE == 0) __builtin_prefetch(ahead + k / WORDS_A_LINE * 64, 0, 2);
@@ -43,7 +50,7 @@ static void score_keys(const typename K::Word* q, int64_t num_words, const typen
     for (int i = 0; i < N; ++i) query[i] = loadu<typename K::Reg>(q + (i * num_words + k) * W);
 #pragma GCC unroll 8
     for (int r = 0; r < KEY_ROWS; ++r) {
-      const typename K::Reg key = K::broadcast(loadu<Word>(row[r] + k));
+      const typename K::Reg key = K::broadcast(row[r][k]);
 #pragma GCC unroll 3
       for (int i = 0; i < N; ++i) acc[r][i] = K::mac(acc[r][i], query[i], key);
     }
@@ -54,7 +61,7 @@ static void score_keys(const typename K::Word* q, int64_t num_words, const typen
     for (int i = 0; i < N; ++i) storeu(s + (i * K::TILE + r) * W, acc[r][i]);
 }
 
-template <class K> static void scores(const Sizes& s, const Tile<K>& tile, Buffers<K>& buf) {
+template <class K> static void all_scores(const Sizes& s, const Tile<K>& tile, Buffers<K>& buf) {
   for (int panel = 0; panel < s.num_panels; panel += MAX_VECTORS)
     for (int t = 0; t < tile.count; t += KEY_ROWS) {
       const int64_t offset = t % GROUP * tile.stride;
@@ -96,16 +103,23 @@ template <class K> HFA_INLINE void probabilities(float* s, typename K::Word* p, 
   storeu(sum_, loadu<vf>(sum_) + (total[0] + total[1]));
 }
 
-// v[pairs][columns + 16]: words of neighbouring rows of latents, zeros beyond the last.
+// v[pairs][columns + 16]: words of neighbouring rows of latents, zeros beyond the last. Of the tile's next rows, columns
+// from fetch_from on are fetched meanwhile.
 #ifdef HFA_BF16_DOT
-template <class K> static void interleave(const Sizes& s, int rank, const Tile<K>& tile, int end, Buffers<K>& buf) {
+template <class K> static void interleave(const Sizes& s, int rank, const Tile<K>& tile, int end, int fetch_from, Buffers<K>& buf) {
   for (int t = 0; t < end; t += 2) {
     const bf16* rows = tile.group[t / GROUP] + t % GROUP * tile.stride;
     uint32_t* to = buf.v + t / 2 * (s.columns + 16);
     const int64_t live = t < tile.count ? rank : 0;
     const bool odd = t + 1 < tile.count;
+    const bf16* next = tile.next[t / GROUP];
+    if (next) next += t % GROUP * tile.stride;
     for (int64_t c = 0; c < s.columns; c += 2 * W) {
       const int n = int(std::max<int64_t>(0, std::min<int64_t>(2 * W, live - c)));
+      if (next && c >= fetch_from) {
+        __builtin_prefetch(next + c, 0, 2);
+        __builtin_prefetch(next + tile.stride + c, 0, 2);
+      }
       vu low, high;
       attn::Bf16Pairs::pair(attn::Bf16Pairs::load_words_n(reinterpret_cast<const attn::bf16*>(rows + c), n),
                             odd ? attn::Bf16Pairs::load_words_n(reinterpret_cast<const attn::bf16*>(rows + tile.stride + c), n) : vu{},
@@ -153,7 +167,7 @@ template <class K> static void sums(const HfaMlaArgs& a, const Sizes& s, const T
   int64_t stride = tile.stride;
 #ifdef HFA_BF16_DOT
   if constexpr (K::KEYS == 2) {
-    interleave(s, a.rank, tile, tile.count, buf);
+    interleave(s, a.rank, tile, tile.count, a.rank, buf);
     stride = s.columns + 16;
   }
 #endif
@@ -181,7 +195,7 @@ template <class K, class T> static void attend_vectors(const HfaMlaArgs& a, cons
   Tile<K> tile;
   for (int begin = b.key_begin; begin < b.key_end; begin += K::TILE) {
     load_tile<K, T>(a, s, b, begin, buf.rows, tile);
-    scores(s, tile, buf);
+    all_scores(s, tile, buf);
     for (int panel = 0; panel < s.num_panels; ++panel) {
       float *lane_s = buf.s + panel * K::TILE * W, *base = state.base + panel * W, *sum_ = state.sum + panel * W;
       vf alpha;
