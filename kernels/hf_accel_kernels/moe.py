@@ -22,6 +22,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+MATRIX_TOKENS = {torch.float32: 128, torch.bfloat16: 24, torch.float16: 24}
+"""Tokens per expert, on average, from which CPU runs matrix products by expert instead (bfloat16: unless it has matrix tiles)."""
+
+
 def moe_experts(
     hidden: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -35,7 +39,7 @@ def moe_experts(
 
     Rounded like the chain of tensor operations: each product, the activation and what it multiplies to hidden's dtype,
     the weighted outputs to the dtype that hidden and expert_weights promote to; their sum is float32, in the order of the
-    experts, and then rounded. Not differentiable. With CPU ops a token's float32 result does not depend on the others.
+    experts, and then rounded. Not differentiable. In the C++ op a token's float32 result does not depend on the others.
 
     Args:
         hidden: [num_tokens, hidden_size], floating, any strides.
@@ -67,7 +71,8 @@ def moe_experts(
 
 def _pays(cpu: CpuMoe, dtype: torch.dtype, num_pairs: int, num_experts: int) -> bool:
     """Whether the C++ op beats matrix products by expert."""
-    return True
+    has_tiles = dtype == torch.bfloat16 and cpu.tile_tokens > 0
+    return has_tiles or num_pairs < MATRIX_TOKENS[dtype] * num_experts
 
 
 def _by_expert(
@@ -81,19 +86,20 @@ def _by_expert(
     """The torch form: two matrix products for each expert that was chosen."""
     num_experts, top_k = down.shape[0], expert_ids.shape[1]
     ids, order = expert_ids.flatten().sort(stable=True)
-    counts = torch.bincount(ids, minlength=num_experts).tolist()
     if ids.numel() and int(ids[0]) < 0:
         raise ValueError("an expert id is negative")
+    counts = torch.bincount(ids.clamp(max=num_experts), minlength=num_experts).tolist()
     tokens = order // top_k
     weights = expert_weights.flatten()[order].unsqueeze(1)
-    out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    out = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
     first = 0
     for expert, count in enumerate(counts[:num_experts]):
         if count:
             rows = slice(first, first + count)
             gate, up = F.linear(hidden[tokens[rows]], gate_up[expert]).chunk(2, dim=1)
             y = F.linear(ACTIVATIONS[activation](gate) * up, down[expert]) * weights[rows]
-            out.index_add_(0, tokens[rows], y.float())
+            out.index_add_(0, tokens[rows], y.to(wide))
         first += count
     return out.to(hidden.dtype)
 

@@ -1,6 +1,7 @@
 // float16 beside simd.h's float32 and bfloat16, and the gate's activations on vectors. Knows nothing of experts.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "moe.h"
 #include "simd.h"
@@ -10,6 +11,11 @@
 #endif
 
 namespace hfa {
+namespace moe {
+
+using hfa::load;
+using hfa::store;
+using hfa::to_float;
 
 struct half {
   uint16_t bits;
@@ -48,13 +54,16 @@ inline float to_float(half x) {
   return load(h)[0];
 }
 
-template <>
-inline vfloat rounded<half>(vfloat v) {
-  half h[kWidth];
-  store(h, v);
-  return load(h);
-}
 #endif
+
+// The value a tensor of type T would hold.
+template <typename T>
+inline vfloat held(vfloat v) {
+  if constexpr (std::is_same<T, float>::value || std::is_same<T, bf16>::value) return rounded<T>(v);
+  T lanes[kWidth];
+  store(lanes, v);
+  return load(lanes);
+}
 
 inline vfloat sigmoid(vfloat x) { return 1.f / (1.f + exp(-x)); }
 
@@ -72,10 +81,11 @@ inline vfloat activate(int32_t activation, vfloat x) {
   }
 }
 
-// round(round(act(gate)) * up) of values already rounded to T.
+// round(round(act(gate)) * up) of values that T holds.
 template <typename T>
 inline vfloat gated(int32_t activation, vfloat gate, vfloat up) {
-  return rounded<T>(rounded<T>(activate(activation, gate)) * up);
+  return held<T>(held<T>(activate(activation, gate)) * up);
 }
 
+}  // namespace moe
 }  // namespace hfa

@@ -74,12 +74,13 @@ void gate_up_block(Layer<T>& layer, const Group& group, int64_t row, const T* ne
   for (int64_t m = 0; m < group.count; m += kChunk) {
     const int64_t count = std::min(kChunk, group.count - m);
     const T* const* x = layer.inputs.data() + group.first + m;
-    dots(layer.gate(group, row), rows, args.hidden_size, x, count, gate, kBlock, layer.up(group, row));
-    dots(layer.up(group, row), rows, args.hidden_size, x, count, up, kBlock, next);
+    const int64_t depth = args.hidden_size;
+    Dots<T>{layer.gate(group, row), rows, depth, x, count, gate, kBlock, layer.up(group, row)}.run();
+    Dots<T>{layer.up(group, row), rows, depth, x, count, up, kBlock, next}.run();
     for (int64_t i = 0; i < count; ++i) {
       T* out = layer.gated_rows.get() + (group.first + m + i) * args.intermediate_size + row;
       for (int64_t r = 0; r < rows; r += kWidth) {
-        const vfloat g = rounded<T>(load(gate + i * kBlock + r)), u = rounded<T>(load(up + i * kBlock + r));
+        const vfloat g = held<T>(load(gate + i * kBlock + r)), u = held<T>(load(up + i * kBlock + r));
         store_first(out + r, gated<T>(args.activation, g, u), rows - r);
       }
     }
@@ -89,8 +90,8 @@ void gate_up_block(Layer<T>& layer, const Group& group, int64_t row, const T* ne
 // sums [kBlock] of the token that place `place` of the groups belongs to: += y, an expert's output, times its weight.
 template <typename T>
 inline void add_weighted(const HfaMoeArgs& args, float weight, vfloat y, float* sums) {
-  y = rounded<T>(y) * weight;
-  store(sums, load(sums) + (args.round_weighted ? rounded<T>(y) : y));
+  y = held<T>(y) * weight;
+  store(sums, load(sums) + (args.round_weighted ? held<T>(y) : y));
 }
 
 // sums [num_tokens, kBlock] += the group's output rows [row, row + kBlock), weighted.
@@ -102,7 +103,7 @@ void down_block(const Layer<T>& layer, const Group& group, int64_t row, const T*
   for (int64_t m = 0; m < group.count; m += kChunk) {
     const int64_t count = std::min(kChunk, group.count - m), first = group.first + m;
     const T* const* x = layer.gated.data() + first;
-    dots(layer.down(group, row), rows, args.intermediate_size, x, count, y, kBlock, next);
+    Dots<T>{layer.down(group, row), rows, args.intermediate_size, x, count, y, kBlock, next}.run();
     for (int64_t i = 0; i < count; ++i) {
       float* token_sums = sums + layer.chosen.tokens[first + i] * kBlock;
       const float weight = layer.chosen.weights[first + i];

@@ -37,19 +37,18 @@ struct TileLayer {
 };
 
 // Two packed groups of tokens at `x`, `size` elements each, or one.
-template <bool Fetch>
 inline void products(const bf16* const (&w)[2], int64_t rows, int64_t depth, const bf16* x, int64_t size, bool both,
-                     float (*sums)[256], const bf16* const (&ahead)[2]) {
+                     float (*sums)[256], Fetch& fetch) {
   const bf16* const inputs[2] = {x, x + size};
-  if (both) tile_products<true, Fetch>(w, depth, rows, depth, inputs, sums, ahead);
-  if (!both) tile_products<false, Fetch>(w, depth, rows, depth, inputs, sums, ahead);
+  if (both) tile_products<true>(w, depth, rows, depth, inputs, sums, fetch);
+  if (!both) tile_products<false>(w, depth, rows, depth, inputs, sums, fetch);
 }
 
 // Rows [row, row + rows) of the gated activations of 16 tokens, into their packed tiles [steps][kTileSize].
 inline void store_gated(const HfaMoeArgs& args, int64_t row, int64_t rows, const float* gate, const float* up, bf16* out) {
   auto value = [&](int64_t r) {
     if (r >= rows) return vuint{};
-    const vfloat g = rounded<bf16>(load(gate + r * kTile)), u = rounded<bf16>(load(up + r * kTile));
+    const vfloat g = held<bf16>(load(gate + r * kTile)), u = held<bf16>(load(up + r * kTile));
     return (vuint)gated<bf16>(args.activation, g, u);
   };
   const int64_t end = row + rows == args.intermediate_size ? kTileDepth - row % kTileDepth : rows;
@@ -73,14 +72,13 @@ inline void gate_up_block(TileLayer& tiles, int64_t index, int64_t row, const bf
     const int64_t rows = std::min(kTile, end - r);
     const bool more = r + kTile < end;
     const bf16* const w[2] = {layer.gate(group, r), layer.up(group, r)};
-    const bf16* const ahead[2] = {more ? layer.gate(group, r + kTile) : next_gate,
-                                  more ? layer.up(group, r + kTile) : next_up};
+    Fetch fetch(more ? layer.gate(group, r + kTile) : next_gate, more ? layer.up(group, r + kTile) : next_up,
+                (sixteens + 1) / 2);
     configure(rows);
     for (int64_t s = 0; s < sixteens; s += 2) {
       const bool both = s + 1 < sixteens;
       const bf16* x = inputs + s * tiles.input_size();
-      if (s == 0) products<true>(w, rows, args.hidden_size, x, tiles.input_size(), both, sums, ahead);
-      if (s > 0) products<false>(w, rows, args.hidden_size, x, tiles.input_size(), both, sums, ahead);
+      products(w, rows, args.hidden_size, x, tiles.input_size(), both, sums, fetch);
       for (int64_t j = 0; j < (both ? 2 : 1); ++j)
         store_gated(args, r, rows, sums[j], sums[2 + j], out + (s + j) * tiles.gated_size());
     }
@@ -110,13 +108,12 @@ inline void down_block(const TileLayer& tiles, int64_t index, int64_t row, const
     const int64_t blocks = r + 2 * kTile <= end ? 2 : 1, rows = std::min(kTile, end - r);
     const bf16* const w[2] = {layer.down(group, r), layer.down(group, r + (blocks - 1) * kTile)};
     const bf16* following = r + blocks * kTile < end ? layer.down(group, r + blocks * kTile) : next;
-    const bf16* const ahead[2] = {following, following + kTile * depth};
+    Fetch fetch(following, following + kTile * depth, (sixteens + 1) / 2);
     configure(rows);
     for (int64_t s = 0; s < sixteens; s += 2) {
       const bool both = s + 1 < sixteens;
       const bf16* x = inputs + s * tiles.gated_size();
-      if (s == 0) products<true>(w, rows, depth, x, tiles.gated_size(), both, y, ahead);
-      if (s > 0) products<false>(w, rows, depth, x, tiles.gated_size(), both, y, ahead);
+      products(w, rows, depth, x, tiles.gated_size(), both, y, fetch);
       for (int64_t i = 0; i < blocks; ++i)
         for (int64_t j = 0; j < (both ? 2 : 1); ++j) {
           const int64_t m = (s + j) * kTile;

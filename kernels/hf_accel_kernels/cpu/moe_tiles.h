@@ -72,10 +72,25 @@ inline void copy_tail(const bf16* w, int64_t stride, int64_t rows, int64_t colum
     _mm512_storeu_si512(out + r * kTileDepth, _mm512_maskz_loadu_epi16(mask, w + r * stride));
 }
 
-__attribute__((always_inline)) inline void fetch_rows(const bf16* p, int64_t stride) {
+// Asks for two stretches of memory that come next, evenly over the steps of the products that run meanwhile: in the order
+// of the addresses, which the hardware's own prefetcher follows.
+struct Fetch {
+  const char *first, *second;
+  int64_t period;  // steps to a kilobyte of each
+  int64_t wait = 1;
+
+  Fetch(const bf16* first, const bf16* second, int64_t period)
+      : first(reinterpret_cast<const char*>(first)), second(reinterpret_cast<const char*>(second)), period(period) {}
+
+  __attribute__((always_inline)) void step() {
+    if (--wait) return;
+    wait = period;
 #pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) __builtin_prefetch(p + r * stride, 0, 2);
-}
+    for (int i = 0; i < 16; ++i) __builtin_prefetch(first + 64 * i, 0, 2), __builtin_prefetch(second + 64 * i, 0, 2);
+    first += 1024;
+    second += 1024;
+  }
+};
 
 // The tile loads are opaque to the compiler: whatever it holds back must be in memory first.
 __attribute__((always_inline)) inline void settle_memory() { asm volatile("" ::: "memory"); }
@@ -87,11 +102,10 @@ inline void configure(int64_t weight_rows) {
 }
 
 // sums[2 i + j] [16 rows][16 tokens] = weights i (16 rows at w[i], `stride` apart) times the packed token group j, for two
-// of each, or one group with Both = false. `rows` <= 16 is what the tiles are configured for. With Fetch the same columns
-// of 16 rows at each of ahead[0..1] are asked for on the way.
-template <bool Both, bool Fetch>
+// of each, or one group with Both = false. `rows` <= 16 is what the tiles are configured for.
+template <bool Both>
 void tile_products(const bf16* const (&w)[2], int64_t stride, int64_t rows, int64_t depth, const bf16* const (&x)[2],
-                   float (*sums)[256], const bf16* const (&ahead)[2]) {
+                   float (*sums)[256], Fetch& fetch) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -101,7 +115,7 @@ void tile_products(const bf16* const (&w)[2], int64_t stride, int64_t rows, int6
   int64_t k = 0;
   settle_memory();
   for (; k + kTileDepth <= depth; k += kTileDepth, first += kTileSize, second += kTileSize) {
-    if (Fetch) fetch_rows(ahead[0] + k, stride), fetch_rows(ahead[1] + k, stride);
+    fetch.step();
     _tile_loadd(4, w[0] + k, bytes);
     _tile_loadd(6, first, 64);
     _tile_dpbf16ps(0, 4, 6);
