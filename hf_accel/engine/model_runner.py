@@ -6,6 +6,8 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Hashable, Iterator
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -18,6 +20,7 @@ from hf_accel.kv_cache.mla_pool import FP8, LatentShape, MLAPool
 from hf_accel.kv_cache.pool import MHAPool
 from hf_accel.patching.attention import paged_attention_on
 from hf_accel.patching.deepseek import LatentLayers
+from hf_accel.patching.experts import experts_configs, experts_on
 from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
 from hf_accel.patching.packed_linears import PackedLinears
 from hf_accel.patching.registry import ModelSpec
@@ -47,6 +50,7 @@ class ModelRunner:
         self.num_pages = config.num_pages or self._fit_num_pages()
         self.pool = self._make_pool()
         self._latent: LatentLayers | None = None
+        self._experts_configs: list[Any] = []
         self._fused: FusedDecoderModel | None = None
         self._linears: PackedLinears | None = None
         self._version: Hashable = None
@@ -75,6 +79,8 @@ class ModelRunner:
         """Bring derived weights up to date; called when a call begins, never during a step."""
         changed, self._version = weights_version != self._version, weights_version
         self._prepare_latent(changed)
+        if changed and self.backend.name == "cpu":
+            self._experts_configs = experts_configs(self.model)
         if self.config.pack_weights is False or self.device.type != "cpu":
             return
         if self._fused is not None:
@@ -126,7 +132,10 @@ class ModelRunner:
         metadata = self.backend.plan(batch)
         packed = self._linears.on() if self._linears is not None else contextlib.nullcontext()
         latent = self._latent.on() if self._latent is not None else contextlib.nullcontext()
-        with torch.no_grad(), _no_autocast(self.device), paged_attention_on(self.spec.configs), packed, latent:
+        seams = (paged_attention_on(self.spec.configs), experts_on(self._experts_configs), packed, latent)
+        with torch.no_grad(), _no_autocast(self.device), contextlib.ExitStack() as stack:
+            for seam in seams:
+                stack.enter_context(seam)
             output = self.model(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.positions[None],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_accel.kv_cache.pool import HUGE_PAGE, ask_for_huge_pages
+from hf_accel.kv_cache.pool import HUGE_PAGE, ask_for_huge_pages, independent_batches
 
 FP8 = torch.float8_e4m3fn
 NUM_SCALES = 2  # of a token in fp8 storage: the latent's and the rotary key's
@@ -99,6 +99,16 @@ class MLAPool:
     @property
     def is_released(self) -> bool:
         return not self.pages and bool(self.layers)
+
+    def copy_pages(self, page_copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (source, destination) in every layer, as if one after the other."""
+        for batch in independent_batches(page_copies):
+            sources, destinations = torch.tensor(batch, device=self.device).unbind(1)  # [num_copies] each
+            for tensor in (*self.pages, *self.scales):
+                if tensor is None:
+                    continue
+                values = tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor  # fp8 has no index ops
+                values.index_copy_(0, destinations, values.index_select(0, sources))
 
     def release(self) -> None:
         """Give the memory back; the contents are lost. The caller must hold no tensor of the pool, and no page."""

@@ -82,7 +82,7 @@ class MHAPool:
 
     def copy_pages(self, page_copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (source, destination) in every layer, as if one after the other."""
-        for batch in _independent(page_copies):
+        for batch in independent_batches(page_copies):
             sources, destinations = torch.tensor(batch, device=self.device).unbind(1)  # [num_copies] each
             for pages in (*self.k_pages, *self.v_pages):
                 pages.index_copy_(0, destinations, pages.index_select(0, sources))
@@ -110,7 +110,7 @@ class MHAPool:
         return pages
 
 
-def _independent(page_copies: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+def independent_batches(page_copies: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
     """Cut a sequence of copies into batches that read all sources before they write, to the same effect."""
     batch: list[tuple[int, int]] = []
     written: set[int] = set()

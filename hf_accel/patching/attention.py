@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +16,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_accel.patching.config_switch import ConfigSwitch
 
 
 class LayerAttention(Protocol):
@@ -48,8 +49,7 @@ class LayerAttention(Protocol):
 
 
 _names: dict[str | None, str] = {}
-_active: dict[int, tuple[int, str | None]] = {}
-_lock = threading.Lock()
+_switch = ConfigSwitch("_attn_implementation_internal")
 
 
 def _registered_name(original: str | None) -> str:
@@ -101,25 +101,6 @@ def paged_attention_on(configs: list[Any]) -> contextlib.AbstractContextManager[
     return attention_replaced(configs, None)
 
 
-@contextlib.contextmanager
-def attention_replaced(configs: list[Any], name: str | None) -> Iterator[None]:
-    """While open, `configs` name the interface entry `name`, or the paged one that stands in for their own.
-
-    Counted, so that models sharing a config may overlap.
-    """
-    with _lock:
-        for config in configs:
-            count, original = _active.get(id(config), (0, config._attn_implementation_internal))
-            if count == 0:
-                config._attn_implementation_internal = name or _registered_name(original)
-            _active[id(config)] = (count + 1, original)
-    try:
-        yield
-    finally:
-        with _lock:
-            for config in configs:
-                count, original = _active.pop(id(config))
-                if count > 1:
-                    _active[id(config)] = (count - 1, original)
-                else:
-                    config._attn_implementation_internal = original
+def attention_replaced(configs: list[Any], name: str | None) -> contextlib.AbstractContextManager[None]:
+    """While open, `configs` name the interface entry `name`, or the paged one that stands in for their own."""
+    return _switch.on(configs, lambda original: name or _registered_name(original))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from torch.nn.modules import module as torch_module
 from hf_accel.attention.latent import LatentLayer
 from hf_accel.kv_cache.mla_pool import MLAPool
 from hf_accel.patching.llama_structure import is_user_hook
+from hf_accel.patching.stepping import in_step, step
 from hf_accel_kernels.mla import AbsorbedWeights
 
 logger = logging.getLogger("hf_accel")
@@ -31,8 +31,6 @@ nothing between. Others of the layout add sparse indexers, output gates or recur
 
 LINEAR_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative difference that rounding may make between `kv_b_proj` and the matrix read off it."""
-
-_step = threading.local()
 
 
 def why_not_latent(model: nn.Module) -> str:
@@ -135,11 +133,10 @@ def latents_passed_on(modules: Sequence[nn.Module]) -> Iterator[None]:
         if "expand_kv" not in module.__dict__:
             module.__dict__["expand_kv"] = function = _make_expand(module)
             taken.append((module, function))
-    _step.depth = getattr(_step, "depth", 0) + 1
     try:
-        yield
+        with step():
+            yield
     finally:
-        _step.depth -= 1
         for module, function in taken:
             if module.__dict__.get("expand_kv") is function:
                 del module.__dict__["expand_kv"]
@@ -149,7 +146,7 @@ def _make_expand(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.T
     original: Callable[..., tuple[torch.Tensor, torch.Tensor]] = type(module).expand_kv.__get__(module)
 
     def expand_kv(kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (kv_nope, k_rot) if getattr(_step, "depth", 0) else original(kv_nope, k_rot)
+        return (kv_nope, k_rot) if in_step() else original(kv_nope, k_rot)
 
     return expand_kv
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,13 +19,14 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
+from hf_accel.patching.config_switch import ConfigSwitch
+from hf_accel.patching.stepping import in_step, step
 from hf_accel_kernels.moe import moe_experts
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _names: dict[str | None, str] = {}
-_active: dict[int, tuple[int, str | None]] = {}
-_lock = threading.Lock()
+_switch = ConfigSwitch("_experts_implementation_internal")
 
 
 def _registered_name(original: str | None) -> str:
@@ -40,7 +40,7 @@ def _registered_name(original: str | None) -> str:
 
 def _make_experts(original: str | None) -> Callable[..., torch.Tensor]:
     def hf_accel_experts(module: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        activation = _plain_activation(module) if len(args) == 3 and not kwargs else None
+        activation = _plain_activation(module) if in_step() and len(args) == 3 and not kwargs else None
         if activation is not None and _takes(module, *args):
             hidden, ids, weights = args
             gate_up, down = module._parameters["gate_up_proj"], module._parameters["down_proj"]
@@ -71,26 +71,9 @@ def experts_configs(model: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def experts_on(configs: list[Any]) -> Iterator[None]:
-    """While open, models that read `configs` run their plain experts through us.
-
-    Counted, so that models sharing a config may overlap.
-    """
-    with _lock:
-        for config in configs:
-            count, original = _active.get(id(config), (0, config._experts_implementation_internal))
-            if count == 0:
-                config._experts_implementation_internal = _registered_name(original)
-            _active[id(config)] = (count + 1, original)
-    try:
+    """While open, and in this thread, models that read `configs` run their plain experts through us."""
+    with _switch.on(configs, _registered_name), step():
         yield
-    finally:
-        with _lock:
-            for config in configs:
-                count, original = _active.pop(id(config))
-                if count > 1:
-                    _active[id(config)] = (count - 1, original)
-                else:
-                    config._experts_implementation_internal = original
 
 
 @functools.cache

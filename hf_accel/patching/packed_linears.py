@@ -7,7 +7,6 @@ threads and under autograd each module is what it was. Does not know when weight
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -15,13 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_accel.patching.stepping import in_step, step
 from hf_accel_kernels.cpu import library
 from hf_accel_kernels.packed import PackedLinear, packed_linear
 
 SMALLEST_SIDE = 64
 """A linear with fewer rows or columns (an adapter's, a router's) is left as it is."""
-
-_step = threading.local()
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -86,11 +84,10 @@ class PackedLinears:
         taken = [(m, forward) for m, forward in linears if type(m) is nn.Linear and "forward" not in m.__dict__]
         for module, forward in taken:
             module.__dict__["forward"] = forward
-        _step.active = True
         try:
-            yield
+            with step():
+                yield
         finally:
-            _step.active = False
             for module, forward in taken:
                 if module.__dict__.get("forward") is forward:
                     del module.__dict__["forward"]
@@ -100,8 +97,8 @@ def _make_forward(ref: weakref.ref[nn.Module], packed: PackedLinear) -> Callable
     rows, depth = packed.num_columns, packed.depth
 
     def forward(input: torch.Tensor) -> torch.Tensor:
-        in_step = getattr(_step, "active", False) and not torch.is_grad_enabled()
-        if not in_step or input.dtype != packed.dtype or input.device.type != "cpu" or not input.numel():
+        runs_packed = in_step() and not torch.is_grad_enabled()
+        if not runs_packed or input.dtype != packed.dtype or input.device.type != "cpu" or not input.numel():
             module = ref()
             assert isinstance(module, nn.Linear), "a module runs its forward, so it is there"
             return F.linear(input, module.weight, module.bias)

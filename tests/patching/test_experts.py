@@ -183,7 +183,7 @@ def test_config_is_restored_after_an_exception() -> None:
     with pytest.raises(KeyboardInterrupt):
         step()
     assert model.config._experts_implementation == "grouped_mm"
-    assert not experts._active
+    assert not experts._switch._active
 
 
 def test_steps_that_overlap_share_a_config(calls: list[str]) -> None:
@@ -221,7 +221,7 @@ def test_two_threads() -> None:
     for thread in threads:
         thread.join()
     assert not errors, errors
-    assert model.config._experts_implementation == "grouped_mm" and not experts._active
+    assert model.config._experts_implementation == "grouped_mm" and not experts._switch._active
 
 
 def test_weights_are_read_live() -> None:
