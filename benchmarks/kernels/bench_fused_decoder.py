@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/kernels/bench_fused_decoder.py [--csv out.csv] [--dtype bfloat16] [--only gemm]
 
 Providers run interleaved, round by round; a figure is the median over rounds. Weights rotate through more memory than the
-caches hold. GB/s counts the weights once; a read probe of 256 MiB in the same rounds says what this machine gives.
+caches hold. GB/s counts the weights once; a read probe of 256 MiB of huge pages in the same rounds says what this machine
+gives, and multiplications in registers what its units can do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import copy
 import csv
 import ctypes
+import mmap
 import shutil
 import statistics
 import subprocess
@@ -34,41 +36,46 @@ ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024)
 COLD_BYTES = 160 << 20
 PAGE_SIZE = 16
 
-PROBE = r"""
-#include <cstdint>
-typedef uint64_t v __attribute__((vector_size(64)));
-extern "C" uint64_t probe(const v* p, long n) {
-  v a = {}, b = {}, c = {}, d = {};
-  for (long i = 0; i < n; i += 4) {
-    for (int j = 0; j < 4; ++j) __builtin_prefetch(p + i + j + 32, 0, 2);
-    a += p[i], b += p[i + 1], c += p[i + 2], d += p[i + 3];
-  }
-  v s = a + b + c + d;
-  return s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7];
-}
-"""
 
-
-class ReadProbe:
-    """Reads 256 MiB with wide loads; `__call__` is one pass."""
+class Probe:
+    """What the machine gives (probe.cpp): `__call__` reads 256 MiB of huge pages once; `peak_gflops` multiplies in registers."""
 
     num_bytes = 256 << 20
 
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            source, target = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
-            source.write_text(PROBE)
+            source, target = Path(__file__).with_name("probe.cpp"), Path(folder) / "probe.so"
             compiler = shutil.which("g++") or "c++"
-            subprocess.run(
-                [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(target)], check=True
-            )
+            flags = ["-O3", "-march=native", "-shared", "-fPIC"]
+            subprocess.run([compiler, *flags, str(source), "-o", str(target)], check=True)
             self._lib = ctypes.CDLL(str(target))
-        self._lib.probe.argtypes = [ctypes.c_void_p, ctypes.c_long]
-        self._data = torch.ones(self.num_bytes + 64, dtype=torch.uint8)
-        self._start = (self._data.data_ptr() + 63) // 64 * 64
+        self._lib.probe_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        self._lib.probe_fma.argtypes = self._lib.probe_bf16_dot.argtypes = [ctypes.c_int64, ctypes.c_void_p]
+        self._lib.probe_bf16_tiles.argtypes = [ctypes.c_int64]
+        for name in ("probe_fma", "probe_bf16_dot", "probe_bf16_tiles"):
+            getattr(self._lib, name).restype = ctypes.c_double
+        self._memory = mmap.mmap(-1, self.num_bytes + (2 << 20))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        data = torch.frombuffer(self._memory, dtype=torch.uint8).fill_(1)
+        self._start = (data.data_ptr() + 63) // 64 * 64
 
     def __call__(self) -> None:
-        self._lib.probe(self._start, self.num_bytes // 64)
+        self._lib.probe_read(self._start, self.num_bytes // 4)
+
+    def peak_gflops(self) -> dict[str, float]:
+        sink = ctypes.c_float(1.0)
+        runs = {
+            "fp32 multiply-adds": lambda: self._lib.probe_fma(2_000_000, ctypes.byref(sink)),
+            "bf16 dot products": lambda: self._lib.probe_bf16_dot(2_000_000, ctypes.byref(sink)),
+            "bf16 tiles": lambda: self._lib.probe_bf16_tiles(500_000),
+        }
+        peaks = {}
+        for name, run in runs.items():
+            start = time.thread_time()
+            flops = run()
+            peaks[name] = flops / (time.thread_time() - start) / 1e9
+        return peaks
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int, repeat: int = 1) -> dict[str, float]:
@@ -109,7 +116,7 @@ def linear_providers(
     }
 
 
-def bench_gemm(dtype: torch.dtype, rounds: int, probe: ReadProbe, rows: list[dict[str, object]]) -> None:
+def bench_gemm(dtype: torch.dtype, rounds: int, probe: Probe, rows: list[dict[str, object]]) -> None:
     for name, (columns, depth) in SHAPES.items():
         weight = torch.randn(columns, depth).to(dtype)
         copies = max(1, COLD_BYTES // weight.nbytes)
@@ -178,7 +185,7 @@ class HFStep:
         return self.model(self.ids, past_key_values=cache, logits_to_keep=1).logits
 
 
-def bench_step(dtype: torch.dtype, rounds: int, probe: ReadProbe, rows: list[dict[str, object]]) -> None:
+def bench_step(dtype: torch.dtype, rounds: int, probe: Probe, rows: list[dict[str, object]]) -> None:
     model = model_100m(dtype)
     linears = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n)
     for name, batch, context, new in (
@@ -223,7 +230,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
-    probe = ReadProbe()
+    probe = Probe()
+    print(", ".join(f"{name}: {peak:.0f} GF/s" for name, peak in probe.peak_gflops().items()), flush=True)
     for name in args.dtype or ["float32", "bfloat16"]:
         if args.only != "gemm":
             bench_step(getattr(torch, name), args.rounds, probe, rows)

@@ -1,6 +1,11 @@
-// What this core can do at best: bytes read per second from memory, fp32 multiply-adds per second, bf16 dot products.
+// What this core can do at best: bytes read per second from memory, fp32 multiply-adds per second, bf16 dot products on
+// vectors and on tiles.
 #include <cstdint>
 #include <cstring>
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -49,6 +54,28 @@ extern "C" double probe_bf16_dot(int64_t rounds, float* sink) {
   return 2.0 * 32 * 12 * double(rounds);
 #else
   (void)rounds; (void)sink;
+  return 0;
+#endif
+}
+
+// The same on AMX tiles; 0 where the processor or the kernel has none.
+extern "C" double probe_bf16_tiles(int64_t rounds) {
+#if defined(__AMX_BF16__)
+  if (syscall(SYS_arch_prctl, 0x1023, 18)) return 0;  // ARCH_REQ_XCOMP_PERM, tile data
+  struct alignas(64) { uint8_t palette, rest[15]; uint16_t row_bytes[16]; uint8_t rows[16]; } config = {};
+  config.palette = 1;
+  for (int t = 0; t < 8; ++t) config.row_bytes[t] = 64, config.rows[t] = 16;
+  asm volatile("ldtilecfg %0" : : "m"(config));
+  for (int64_t r = 0; r < rounds; ++r) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return 2.0 * 16 * 16 * 32 * 4 * double(rounds);
+#else
+  (void)rounds;
   return 0;
 #endif
 }

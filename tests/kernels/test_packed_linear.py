@@ -204,6 +204,18 @@ def test_rows_do_not_depend_on_batch_mates(dtype: torch.dtype, depth: int) -> No
         assert torch.equal(whole[7 : 7 + count], packed_linear(x[7 : 7 + count], packed))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [33, 70, 127])
+def test_an_earlier_call_leaves_nothing_behind(dtype: torch.dtype, depth: int) -> None:
+    """Rows and depth are padded in memory that earlier calls wrote: here with NaN."""
+    poison, weight = pack([torch.randn(50, 256).to(dtype)]), torch.randn(50, depth).to(dtype)
+    packed = pack([weight])
+    for num_rows in (3, 21, 40, 100):
+        packed_linear(torch.full((160, 256), float("nan")).to(dtype), poison)
+        x = torch.randn(num_rows, depth).to(dtype)
+        assert_close(packed_linear(x, packed), x.double() @ weight.double().T, dtype)
+
+
 def test_weights_share_blocks_of_memory() -> None:
     """Packed weights come and go in any order; each keeps its values while its neighbours are freed."""
     rng, alive = random.Random(5), []

@@ -14,7 +14,7 @@ constexpr int NUM_ACC = NUM_REGS == 32 ? 16 : 8;
 template <class K, int R>
 static void decode_qk(const typename K::T* q, int64_t q_stride, const Rows<typename K::T>& rows, int head_dim, int fetch_bytes,
                       float* s) {
-  constexpr int PADDED = R == 3 ? 4 : R, TT = NUM_ACC / PADDED, STEP = W * K::PER_WORD;
+  constexpr int PADDED = R == 3 ? 4 : R, TT = NUM_ACC / PADDED, STEP = K::STEP;
   for (int t0 = 0; t0 < rows.count; t0 += TT) {
     const typename K::T* const* k = rows.k + t0;
     vf a[NUM_ACC];
@@ -22,14 +22,14 @@ static void decode_qk(const typename K::T* q, int64_t q_stride, const Rows<typen
     for (int i = 0; i < NUM_ACC; ++i) a[i] = zero();
     int c = 0;
     for (; c + STEP <= head_dim; c += STEP) {
-      typename K::Reg key[TT];
-#pragma GCC unroll 16
-      for (int t = 0; t < TT; ++t) key[t] = K::load_words(k[t] + c);
+      typename K::Reg query[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const typename K::Reg query = K::load_words(q + r * q_stride + c);
+      for (int r = 0; r < R; ++r) query[r] = K::load_words(q + r * q_stride + c);
 #pragma GCC unroll 16
-        for (int t = 0; t < TT; ++t) a[r * TT + t] = K::mac(a[r * TT + t], query, key[t]);
+      for (int t = 0; t < TT; ++t) {
+        const typename K::Reg key = K::load_words(k[t] + c);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) a[r * TT + t] = K::mac(a[r * TT + t], query[r], key);
       }
     }
     if (c < head_dim) {
@@ -61,16 +61,17 @@ static void decode_pv(const typename K::P* p, const Rows<typename K::T>& rows, i
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int i = 0; i < CV; ++i) a[r][i] = loadu<vf>(acc + r * state.acc_stride + i * W) * set1(alpha[r]);
-  const auto step = [&](int t, const typename K::Reg* value) __attribute__((always_inline)) {
+  using Lane = decltype(K::broadcast(Word{}));
+  const auto step = [&](int t, const Lane* value) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const typename K::Reg w = K::broadcast(loadu<Word>(p + r * MAX_TILE + t));
+      const Lane w = K::broadcast(loadu<Word>(p + r * MAX_TILE + t));
 #pragma GCC unroll 4
       for (int i = 0; i < CV; ++i) a[r][i] = K::mac(a[r][i], w, value[i]);
     }
   };
   const int num_next = next ? next->count : 0;
-  typename K::Reg value[CV];
+  Lane value[CV];
   if (c + CV * W <= v_head_dim) {
     for (int t = 0; t < rows.count; t += K::PER_WORD) {
       for (int i = t; i < t + K::PER_WORD && i < num_next; ++i) prefetch(next->k[i], fetch_bytes);
@@ -97,16 +98,16 @@ static void decode_rows(const HfaAttentionArgs& a, const typename K::T* q, int64
   alignas(64) typename K::P p[R * MAX_TILE];
   float alpha[R];
   const bool fetch = first_row == 0;
-  const int size = int(sizeof(typename K::T));
+  constexpr int size = int(sizeof(typename K::T));
   decode_qk<K, R>(q, q_stride, rows, a.head_dim, fetch ? a.v_head_dim * size : 0, s);
   const int low[4] = {}, high[4] = {rows.count, rows.count, rows.count, rows.count};
-  softmax_rows(R, s, p, rows.count, low, high, scale, state.max + first_row, state.sum + first_row, alpha);
+  softmax_rows<typename K::P, size == 4>(R, s, p, rows.count, low, high, scale, state.max + first_row, state.sum + first_row, alpha);
   for (int c = 0; c < a.v_head_dim; c += CHUNK * W) {
     const Rows<typename K::T>* ahead = fetch && c == 0 ? &next : nullptr;
     const auto run = [&](auto width) {
       decode_pv<K, R, decltype(width)::value>(p, rows, c, a.v_head_dim, alpha, ahead, a.head_dim * size, state, first_row);
     };
-    switch (std::min<int64_t>(CHUNK, round_up(a.v_head_dim - c, W) / W)) {
+    switch (std::min<int64_t>(CHUNK, round_up(a.v_head_dim - c, K::PER_WORD == 2 ? W : K::STEP) / W)) {
       case 1: run(std::integral_constant<int, 1>{}); break;
       case 2: run(std::integral_constant<int, 2>{}); break;
       case 3: run(std::integral_constant<int, CHUNK == 4 ? 3 : 1>{}); break;
@@ -121,7 +122,7 @@ inline int64_t decode_scratch_bytes(const HfaAttentionArgs& a) { return MAX_DECO
 template <class K> static void decode_block(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
   using T = typename K::T;
   const int num_rows = a.num_heads / a.num_kv_heads;
-  const int64_t q_stride = round_up(a.head_dim, W * K::PER_WORD);
+  const int64_t q_stride = round_up(a.head_dim, K::STEP);
   T* const q = scratch.take<T>(num_rows * q_stride);
   for (int r = 0; r < num_rows; ++r) {
     const T* from = static_cast<const T*>(a.q) + b.first_token * a.q_token_stride + (int64_t(b.kv_head) * num_rows + r) * a.q_head_stride;
@@ -147,6 +148,7 @@ template <class K> static void decode_block(const HfaAttentionArgs& a, const Blo
       }
     }
   }
+  for (int r = 0; r < num_rows; ++r) K::in_order(state.acc + r * state.acc_stride, a.v_head_dim);
 }
 
 }  // namespace attn

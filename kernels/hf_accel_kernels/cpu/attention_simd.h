@@ -34,6 +34,9 @@ constexpr int NUM_REGS = 16;
 #if defined(HFA_AVX512) && defined(__AVX512BF16__)
 #define HFA_BF16_DOT 1
 #endif
+#if defined(HFA_BF16_DOT) && defined(__AMX_BF16__)
+#define HFA_SLOW_BF16_DOT 1  // Intel: one every other cycle, half the products of the two fused multiply-adds of each cycle
+#endif
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
@@ -138,6 +141,7 @@ template <int H> struct TakeLow { static constexpr int at(int i) { return (i & H
 template <int H> struct TakeHigh { static constexpr int at(int i) { return (i & H) ? W + i : i + H; } };
 template <int H> struct Own { static constexpr int at(int i) { return (i & H) ? W + i : i; } };
 template <int H> struct Other { static constexpr int at(int i) { return (i & H) ? W + (i ^ H) : (i ^ H); } };
+template <int B> struct Zip { static constexpr int at(int i) { return (i & 1) * W + i / 2 + B; } };
 struct PairsLow { static constexpr int at(int i) { return (i & 1) ? 2 * W + i / 2 : i / 2; } };
 struct PairsHigh { static constexpr int at(int i) { return ((i & 1) ? 2 * W + i / 2 : i / 2) + W; } };
 

@@ -86,7 +86,7 @@ template <class Elem> struct Fp32Lanes {
   using P = float;      // of the probabilities
   using Word = float;
   using Reg = vf;
-  static constexpr int PER_WORD = 1;
+  static constexpr int PER_WORD = 1, STEP = W;  // STEP: elements of a vector of words
   static HFA_INLINE Reg load_words(const T* p) { return load(p); }
   static HFA_INLINE Reg load_words_n(const T* p, int n) { return load_n(p, n); }
   static HFA_INLINE Reg broadcast(Word w) { return set1(w); }
@@ -99,6 +99,7 @@ template <class Elem> struct Fp32Lanes {
   template <int CV> static HFA_INLINE void load_values_n(const T* const* v, int c, int end, Reg* out) {
     for (int i = 0; i < CV; ++i) out[i] = load_n(v[0] + c + i * W, std::max(0, std::min(W, end - c - i * W)));
   }
+  static void in_order(float*, int) {}
 };
 
 #ifdef HFA_BF16_DOT
@@ -107,7 +108,7 @@ struct Bf16Pairs {
   using P = bf16;
   using Word = uint32_t;
   using Reg = vu;
-  static constexpr int PER_WORD = 2;
+  static constexpr int PER_WORD = 2, STEP = 2 * W;
   static HFA_INLINE Reg load_words(const T* p) { return loadu<vu>(p); }
   static HFA_INLINE Reg load_words_n(const T* p, int n) {
     return n >= 2 * W ? load_words(p) : (vu)_mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p);
@@ -132,6 +133,50 @@ struct Bf16Pairs {
       const int n = std::max(0, std::min(2 * W, end - c - i * W));
       Reg unused;
       pair(load_words_n(v[0] + c + i * W, n), load_words_n(v[1] + c + i * W, n), out[i], i + 1 < CV ? out[i + 1] : unused);
+    }
+  }
+  static void in_order(float*, int) {}
+};
+#endif
+
+#ifdef HFA_SLOW_BF16_DOT
+// bf16 pairs as fp32 lanes, the even elements of a word's vector and the odd ones: one shift, one mask, no shuffle.
+// Sums over values hold columns in that order, [32 even, 32 odd] by halves; `in_order` puts a finished row right.
+struct Bf16Halves {
+  struct Reg {
+    vf even, odd;
+  };
+  using T = bf16;
+  using P = float;
+  using Word = float;
+  static constexpr int PER_WORD = 1, STEP = 2 * W;
+  static HFA_INLINE Reg split(vu words) { return {(vf)(words << 16), (vf)(words & 0xffff0000u)}; }
+  static HFA_INLINE Reg load_words(const T* p) { return split(Bf16Pairs::load_words(p)); }
+  static HFA_INLINE Reg load_words_n(const T* p, int n) { return split(Bf16Pairs::load_words_n(p, n)); }
+  static HFA_INLINE vf broadcast(Word w) { return set1(w); }
+  static HFA_INLINE vf mac(vf acc, Reg a, Reg b) { return a.odd * b.odd + (a.even * b.even + acc); }
+  static HFA_INLINE vf mac(vf acc, vf a, vf b) { return a * b + acc; }
+  template <int CV> static HFA_INLINE void load_values(const T* const* v, int c, vf* out) {
+#pragma GCC unroll 4
+    for (int i = 0; i < CV; i += 2) {
+      const Reg r = load_words(v[0] + c + i * W);
+      out[i] = r.even;
+      out[i + 1] = r.odd;
+    }
+  }
+  template <int CV> static HFA_INLINE void load_values_n(const T* const* v, int c, int end, vf* out) {
+#pragma GCC unroll 4
+    for (int i = 0; i < CV; i += 2) {
+      const Reg r = load_words_n(v[0] + c + i * W, std::max(0, std::min(2 * W, end - c - i * W)));
+      out[i] = r.even;
+      out[i + 1] = r.odd;
+    }
+  }
+  static void in_order(float* row, int columns) {
+    for (int c = 0; c < columns; c += 2 * W) {
+      const vf even = loadu<vf>(row + c), odd = loadu<vf>(row + c + W);
+      storeu(row + c, shuffle<Zip<0>, W>(even, odd));
+      storeu(row + c + W, shuffle<Zip<W / 2>, W>(even, odd));
     }
   }
 };
@@ -177,7 +222,7 @@ HFA_INLINE float logits_row(float* s, int n, int low, int high, const LogitScale
 // num_rows <= 8 rows of dot products, n <= MAX_TILE keys each; row r sees keys [low[r], high[r]). Writes probabilities
 // p[r][0..round_up(n, W)), 0 where not visible, updates the running max and sum, and gives the factors the rows'
 // accumulators are to be scaled with. Overwrites s. Step by step over all rows, so that their latencies overlap.
-template <class P>
+template <class P, bool EXACT = sizeof(P) == 4>
 HFA_INLINE void softmax_rows(int num_rows, float* s, P* p, int n, const int* low, const int* high, const LogitScale& scale,
                              float* max, float* sum_, float* alpha) {
   float base[8], change[8] = {};
@@ -195,7 +240,7 @@ HFA_INLINE void softmax_rows(int num_rows, float* s, P* p, int n, const int* low
     const vf base_v = set1(base[r]);
     vf total = zero();
     for (int t = 0; t < n; t += W) {
-      const vf e = exp2<sizeof(P) == 4 ? 6 : 4>(loadu<vf>(s + r * MAX_TILE + t) - base_v);
+      const vf e = exp2<EXACT ? 6 : 4>(loadu<vf>(s + r * MAX_TILE + t) - base_v);
       store(p + r * MAX_TILE + t, e);
       total += e;
     }

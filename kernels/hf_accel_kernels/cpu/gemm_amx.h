@@ -244,7 +244,7 @@ inline void run(const HfaPacked& w, const HfaLinearArgs& args) {
   };
   char* packed = row_scratch.get<char>((together ? ceil_div(args.num_rows, 2 * kSide) * 2 : block / kSide) * tile_row);
   if (together)
-    split_items(ceil_div(args.num_rows, kSide), args.num_threads, [&](int64_t begin, int64_t end) {
+    split_items(ceil_div(args.num_rows, kSide), args.num_rows > 64 ? args.num_threads : 1, [&](int64_t begin, int64_t end) {
       pack_tiles(begin * kSide, end * kSide, packed + begin * tile_row);
     });
   split_items(items, args.num_threads, [&](int64_t begin, int64_t end) {

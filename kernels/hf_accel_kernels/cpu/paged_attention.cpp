@@ -19,21 +19,32 @@ thread_local Scratch thread_scratch;         // one block's working memory
 thread_local Scratch call_scratch;           // one call's states of split blocks, owned by the calling thread
 thread_local std::vector<Block> call_blocks; // one call's blocks
 
-// What one block does: the tile unit or vectors. Decode is the same for both.
-template <class K> struct Prefill {
+// What computes a block: decode rows by one arithmetic, all else by another or by the tile unit.
+template <class D, class P> struct VectorForm {
+  using T = typename D::T;
+  using Decode = D;
   static constexpr int ROWS = BLOCK_ROWS;
   static int64_t scratch_bytes(const HfaAttentionArgs& a) { return prefill_scratch_bytes(a); }
-  static void run(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
-    prefill_block<K>(a, b, state, scratch);
+  static void prefill(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
+    prefill_block<P>(a, b, state, scratch);
   }
 };
 
+#if defined(HFA_SLOW_BF16_DOT)
+using Bf16Form = VectorForm<Bf16Halves, Fp32Lanes<bf16>>;
+#elif defined(HFA_BF16_DOT)
+using Bf16Form = VectorForm<Bf16Pairs, Bf16Pairs>;
+#else
+using Bf16Form = VectorForm<Fp32Lanes<bf16>, Fp32Lanes<bf16>>;
+#endif
+
 #ifdef HFA_AMX
-struct Bf16Tiles : Bf16Pairs {};
-template <> struct Prefill<Bf16Tiles> {
+struct TileForm {
+  using T = bf16;
+  using Decode = Bf16Form::Decode;
   static constexpr int ROWS = AMX_BLOCK_ROWS;
   static int64_t scratch_bytes(const HfaAttentionArgs& a) { return amx_scratch_bytes(a); }
-  static void run(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
+  static void prefill(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
     amx_block(a, b, state, scratch);
   }
 };
@@ -44,9 +55,9 @@ bool is_decode(const HfaAttentionArgs& a, const Block& b) {
 }
 
 // The blocks of one kv head follow each other: they read the same keys.
-template <class K> void cut_into_blocks(const HfaAttentionArgs& a, std::vector<Block>& blocks) {
+template <class F> void cut_into_blocks(const HfaAttentionArgs& a, std::vector<Block>& blocks) {
   blocks.clear();
-  const int step = std::max(1, Prefill<K>::ROWS / (a.num_heads / a.num_kv_heads));
+  const int step = std::max(1, F::ROWS / (a.num_heads / a.num_kv_heads));
   for (int s = 0; s < a.num_seqs; ++s) {
     const int start = a.query_start_loc[s], length = a.query_start_loc[s + 1] - start;
     for (int i = 0; i < (length + step - 1) / step * a.num_kv_heads; ++i) {
@@ -117,27 +128,27 @@ void merge(const State& into, const State& from, int64_t rows) {
   }
 }
 
-template <class K> void attend(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
-  if (is_decode(a, b)) decode_block<K>(a, b, state, scratch);
-  else Prefill<K>::run(a, b, state, scratch);
+template <class F> void attend(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
+  if (is_decode(a, b)) decode_block<typename F::Decode>(a, b, state, scratch);
+  else F::prefill(a, b, state, scratch);
 }
 
-template <class K> int64_t block_bytes(const HfaAttentionArgs& a) {
-  const int64_t rows = round_up(std::max(Prefill<K>::ROWS, a.num_heads / a.num_kv_heads), MR) + 16;
-  return state_bytes(a, rows) + std::max(decode_scratch_bytes(a), Prefill<K>::scratch_bytes(a));
+template <class F> int64_t block_bytes(const HfaAttentionArgs& a) {
+  const int64_t rows = round_up(std::max(F::ROWS, a.num_heads / a.num_kv_heads), MR) + 16;
+  return state_bytes(a, rows) + std::max(decode_scratch_bytes(a), F::scratch_bytes(a));
 }
 
-template <class K> void run_whole(const HfaAttentionArgs& a, const Block& b) {
+template <class F> void run_whole(const HfaAttentionArgs& a, const Block& b) {
   Scratch& scratch = thread_scratch;
-  scratch.reset(size_t(block_bytes<K>(a)));
+  scratch.reset(size_t(block_bytes<F>(a)));
   const State state = take_state(a, padded_rows(a, b), scratch);
   open_state(a, b, true, state);
-  attend<K>(a, b, state, scratch);
-  write_out<typename K::T>(a, b, state);
+  attend<F>(a, b, state, scratch);
+  write_out<typename F::T>(a, b, state);
 }
 
 // Fewer blocks than threads: each block's keys are cut into num_splits runs, whose states are merged in order.
-template <class K> void run_split(const HfaAttentionArgs& a, const std::vector<Block>& blocks, int num_splits) {
+template <class F> void run_split(const HfaAttentionArgs& a, const std::vector<Block>& blocks, int num_splits) {
   const int num_items = int(blocks.size());
   int64_t bytes = 0;
   for (const Block& b : blocks) bytes += state_bytes(a, padded_rows(a, b)) * num_splits;
@@ -155,35 +166,35 @@ template <class K> void run_split(const HfaAttentionArgs& a, const std::vector<B
     b.key_begin = std::min(b.key_end, b.key_begin + split * chunk);
     b.key_end = std::min(b.key_end, b.key_begin + chunk);
     Scratch& scratch = thread_scratch;
-    scratch.reset(size_t(block_bytes<K>(a)));
+    scratch.reset(size_t(block_bytes<F>(a)));
     open_state(a, b, split == 0, states[size_t(i)]);
-    attend<K>(a, b, states[size_t(i)], scratch);
+    attend<F>(a, b, states[size_t(i)], scratch);
   }
 #pragma omp parallel for num_threads(a.num_threads)
   for (int i = 0; i < num_items; ++i) {
     const Block& b = blocks[size_t(i)];
     const State& into = states[size_t(i) * num_splits];
     for (int s = 1; s < num_splits; ++s) merge(into, states[size_t(i) * num_splits + s], padded_rows(a, b));
-    write_out<typename K::T>(a, b, into);
+    write_out<typename F::T>(a, b, into);
   }
 }
 
-template <class K> void run(const HfaAttentionArgs& a) {
+template <class F> void run(const HfaAttentionArgs& a) {
   std::vector<Block>& blocks = call_blocks;
-  cut_into_blocks<K>(a, blocks);
+  cut_into_blocks<F>(a, blocks);
   const int num_items = int(blocks.size());
   if (a.num_threads <= 1) {
-    for (const Block& b : blocks) run_whole<K>(a, b);
+    for (const Block& b : blocks) run_whole<F>(a, b);
     return;
   }
   int longest = 0;
   for (const Block& b : blocks) longest = std::max(longest, b.key_end - b.key_begin);
   int num_splits = 1;
   while (num_items * num_splits < 2 * a.num_threads && longest >= 2 * num_splits * MIN_SPLIT_KEYS) num_splits *= 2;
-  if (num_splits > 1) return run_split<K>(a, blocks, num_splits);
+  if (num_splits > 1) return run_split<F>(a, blocks, num_splits);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.num_threads)
   for (int i = num_items - 1; i >= 0; --i)  // a head's last blocks are its longest
-    run_whole<K>(a, blocks[size_t(i)]);
+    run_whole<F>(a, blocks[size_t(i)]);
 }
 
 std::atomic<bool> tiles_wanted{true};
@@ -198,13 +209,9 @@ bool use_tiles() {
 
 void run_bf16(const HfaAttentionArgs& a) {
 #ifdef HFA_AMX
-  if (use_tiles()) return run<Bf16Tiles>(a);
+  if (use_tiles()) return run<TileForm>(a);
 #endif
-#ifdef HFA_BF16_DOT
-  run<Bf16Pairs>(a);
-#else
-  run<Fp32Lanes<bf16>>(a);
-#endif
+  run<Bf16Form>(a);
 }
 
 template <class T> void store(const HfaStoreKvArgs& a) {
@@ -235,9 +242,9 @@ extern "C" int hfa_paged_attention(const HfaAttentionArgs* args) {
       a.v_head_dim <= 0 || a.page_size <= 0 || a.sliding_window < 0)
     return 1;
   switch (a.dtype) {
-    case HFA_FLOAT32: run<Fp32Lanes<float>>(a); return 0;
+    case HFA_FLOAT32: run<VectorForm<Fp32Lanes<float>, Fp32Lanes<float>>>(a); return 0;
     case HFA_BFLOAT16: run_bf16(a); return 0;
-    case HFA_FLOAT16: run<Fp32Lanes<fp16>>(a); return 0;
+    case HFA_FLOAT16: run<VectorForm<Fp32Lanes<fp16>, Fp32Lanes<fp16>>>(a); return 0;
     default: return 1;
   }
 }
