@@ -118,3 +118,28 @@ def test_profile_accounts_for_the_step(tmp_path: Path) -> None:
     assert "HF generate" in profile_step.table(
         {"model": "tiny", "dtype": "fp32", "batch": 2}, {**seconds, "generate": 1.0}
     )
+
+
+def test_memory_table_of_deepseek_models() -> None:
+    from hf_accel.kv_cache.mla_pool import FP8, LatentShape, MLAPool
+
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    for name, layers, heads in (("V2-Lite", 27, 16), ("V2", 60, 128), ("V3", 61, 128)):
+        shapes = [LatentShape(512, 64)] * layers
+        expanded = layers * heads * (192 + 128) * 2
+        wide, narrow = (MLAPool.bytes_per_token_for(shapes, dtype) for dtype in (torch.bfloat16, FP8))
+        ratio = f"{expanded / wide:.1f}" if expanded / wide < 10 else f"{expanded / wide:.0f}"
+        assert f"| {name} | {layers} x {heads} | {expanded:,} | {wide:,} | {narrow:,} | {ratio} |" in text
+
+
+def test_mla_decode_compares_both_and_writes_rows(tmp_path: Path) -> None:
+    from benchmarks import mla_decode, results
+
+    path = tmp_path / "mla.csv"
+    options = ["--models", "deepseek-v2-lite-3l", "--dtypes", "fp32", "--contexts", "24", "--new-tokens", "3"]
+    assert mla_decode.main([*options, "--rounds", "1", "--csv", str(path)]) == 0
+    rows = results.read(path)
+    assert [row["arm"] for row in rows] == ["hf_generate", "hf_accel"]
+    assert {row["kv_bytes_per_token"] for row in rows} == {str(3 * 576 * 4)}
+    assert all(float(row["ms_per_token"]) > 0 and row["equal_outputs"] == "1" for row in rows)
+    assert path.with_suffix(".png").exists()
