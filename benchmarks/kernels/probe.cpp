@@ -19,12 +19,27 @@ constexpr int W = 4;
 #endif
 typedef float vf __attribute__((vector_size(W * 4)));
 
+// Four streams a quarter of the memory apart, each fetched a little ahead: one stream alone gets 10 to 20 % less on Intel
+// servers, whose prefetchers work within a page.
 extern "C" float probe_read(const float* p, int64_t n) {
-  vf s[8] = {};
-  for (int64_t i = 0; i + 8 * W <= n; i += 8 * W)
-    for (int j = 0; j < 8; ++j) { vf x; memcpy(&x, p + i + j * W, sizeof x); s[j] += x; }
+  constexpr int64_t kLine = 64 / sizeof(float), kStep = 2 * kLine, kAhead = 8 * kLine;
+  const int64_t part = n / 4 / kStep * kStep;
+  vf s0 = {}, s1 = {};
+  for (int64_t i = 0; i < part; i += kStep)
+    for (int64_t k = 0; k < 4; ++k) {
+      const float* q = p + k * part + i;
+      __builtin_prefetch(q + kAhead, 0, 2);
+      __builtin_prefetch(q + kAhead + kLine, 0, 2);
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kStep; j += 2 * W) {
+        vf x, y;
+        memcpy(&x, q + j, sizeof x);
+        memcpy(&y, q + j + W, sizeof y);
+        s0 += x, s1 += y;
+      }
+    }
   float total = 0;
-  for (int j = 0; j < 8; ++j) for (int i = 0; i < W; ++i) total += s[j][i];
+  for (int i = 0; i < W; ++i) total += s0[i] + s1[i];
   return total;
 }
 

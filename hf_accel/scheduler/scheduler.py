@@ -171,11 +171,11 @@ class Scheduler:
         """Send every running request back to be computed from nothing, and empty the prefix cache: what the pages hold
         is unknown."""
         for request in sorted(self.running.values(), key=lambda r: -r.admission):  # the oldest ends up in front
-            self._retract(request, None, cache=False)
+            self._retract(request, None)
         self.cache.reset()
 
-    def _retract(self, request: Request, step: _Step | None, *, cache: bool = True) -> None:
-        self.cache.free(request, cache=cache)
+    def _retract(self, request: Request, step: _Step | None) -> None:
+        self.cache.free(request)
         del self.running[request.request_id]
         self._release_slot(request)
         request.status = RequestStatus.WAITING

@@ -124,7 +124,10 @@ class Simulation:
         match = self.manager.match_prefix(request)
         num_pages = self.check_match(request, match)
         before, free = self.manager.num_available_pages, self.manager.stats.num_free
+        to_admit = self.manager.pages_to_admit(request, match)
         updates = self.manager.admit(request, match)
+        lacking = self.manager.pages_needed(request.request_id, request.num_tokens)
+        assert to_admit == before - self.manager.num_available_pages + lacking
         assert self.manager.num_available_pages == before - match.num_unlocked_pages - bool(match.tail)
         shared = [self.find(self.hash_before(request, i), self.page(request, i)) for i in range(num_pages)]
         assert updates[:num_pages] == tuple(enumerate(shared)) and len(updates) == num_pages + bool(match.tail)

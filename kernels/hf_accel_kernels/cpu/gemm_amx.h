@@ -33,7 +33,6 @@ inline bool available() {
 constexpr int64_t kBlockRows = 512;          // of x in one pass over the weights
 constexpr int64_t kBlockBytes = 1 << 20;     // of x in one pass: half of a 2 MiB L2
 constexpr int64_t kBlockSteps = 8;           // along K: the weights of two strips stay in L1 while the rows pass
-constexpr int64_t kStreamAhead = 2 * kTile;  // bytes fetched ahead in each strip when the weights are read once
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -72,8 +71,11 @@ inline void pack_rows(const bf16* x, int64_t x_stride, int64_t rows, int64_t dep
     const bf16* source = x + first * x_stride;
     for (int64_t k = 0; k < whole; k += kRun)
       for (int64_t m = 0; m < count; ++m)
-        for (int64_t i = k; i < whole && i < k + kRun; ++i)
-          std::memcpy(out + i * kTile + m * 64, source + m * x_stride + i * kDepth, 64);
+        for (int64_t i = k; i < whole && i < k + kRun; ++i) {
+          const bf16* p = source + m * x_stride + i * kDepth;
+          prefetch(reinterpret_cast<const char*>(p + kRun * kDepth));
+          std::memcpy(out + i * kTile + m * 64, p, 64);
+        }
     for (int64_t m = 0; whole < steps && m < count; ++m) {
       std::memset(out + whole * kTile + m * 64, 0, 64);
       std::memcpy(out + whole * kTile + m * 64, source + m * x_stride + whole * kDepth, (depth % kDepth) * sizeof(bf16));
@@ -123,9 +125,9 @@ inline void close_sums(float* c) {
   _tile_stored(3, c + kBelow + 16, kRow);
 }
 
-// Bytes from a step's tile to the one fetched ahead: in the same strip, or `jump` further on, in the next panel's.
-__attribute__((always_inline)) inline int64_t ahead(int64_t step, int64_t steps, int64_t jump) {
-  return kStreamAhead + (step + kStreamAhead / kTile < steps ? 0 : jump);
+// Bytes from a step's tile to the one `tiles` ahead: in the same strip, or `jump` further on, in the next panel's.
+__attribute__((always_inline)) inline int64_t ahead(int64_t step, int64_t steps, int64_t tiles, int64_t jump) {
+  return tiles * kTile + (step + tiles < steps ? 0 : jump);
 }
 
 // c [16, 64] (+)= rows a x four strips, `strip` bytes apart, over `steps` tiles. Stream: the weights come from memory.
@@ -133,7 +135,7 @@ template <bool Stream>
 void wide(const char* a, const char* b, int64_t strip, int64_t steps, float* c, bool add, Next& next) {
   open_sums<4>(c, add);
   for (int64_t i = 0; i < steps; ++i, a += kTile, b += kTile) {
-    const int64_t d = Stream ? ahead(i, steps, 3 * strip) : 0;
+    const int64_t d = Stream ? ahead(i, steps, 1, 3 * strip) : 0;
     if (!Stream) next.fetch();
     _tile_loadd(4, a, 64);
     if (Stream) fetch_tile(b + d);
@@ -157,7 +159,7 @@ template <bool Stream>
 void square(const char* a, int64_t rows, const char* b, int64_t strip, int64_t steps, float* c, bool add, Next& next) {
   open_sums<2>(c, add);
   for (int64_t i = 0; i < steps; ++i, a += kTile, b += kTile) {
-    const int64_t d = Stream ? ahead(i, steps, strip) : 0;
+    const int64_t d = Stream ? ahead(i, steps, 2, strip) : 0;
     if (!Stream) next.fetch();
     _tile_loadd(4, a, 64);
     if (Stream) fetch_tile(b + d);
