@@ -70,22 +70,23 @@ void merge(const Sizes& s, const State& into, const State& from) {
   }
 }
 
-template <class K, class T> void attend(const HfaMlaArgs& a, const Block& b, const Sizes& s, const State& state, Scratch& scratch) {
+template <class K, class T>
+void attend(const HfaMlaArgs& a, const Block& b, const Block* after, const Sizes& s, const State& state, Scratch& scratch) {
   Buffers<K> buf;
   buf.take(s, scratch);
   open_state(s, state);
 #ifdef HFA_MLA_AMX
-  if constexpr (std::is_same_v<K, Bf16Tiles>) return attend_tiles<T>(a, b, s, state, buf);
+  if constexpr (std::is_same_v<K, Bf16Tiles>) return attend_tiles<T>(a, b, after, s, state, buf);
 #endif
-  attend_vectors<K, T>(a, b, s, state, buf);
+  attend_vectors<K, T>(a, b, after, s, state, buf);
 }
 
-template <class K, class T> void run_whole(const HfaMlaArgs& a, const Block& b) {
+template <class K, class T> void run_whole(const HfaMlaArgs& a, const Block& b, const Block* after) {
   const Sizes s = Sizes::of<K>(a, b.num_tokens * a.num_heads);
   Scratch& scratch = block_scratch;
   scratch.reset(size_t(s.state_bytes() + Buffers<K>::bytes(s)));
   const State state = s.take_state(scratch);
-  attend<K, T>(a, b, s, state, scratch);
+  attend<K, T>(a, b, after, s, state, scratch);
   write_out<T>(a, b, s, state);
 }
 
@@ -109,7 +110,7 @@ template <class K, class T> void run_split(const HfaMlaArgs& a, const std::vecto
     b.key_end = std::min(b.key_end, b.key_begin + chunk);
     Scratch& scratch = block_scratch;
     scratch.reset(size_t(Buffers<K>::bytes(s)));
-    attend<K, T>(a, b, s, states[size_t(i)], scratch);
+    attend<K, T>(a, b, nullptr, s, states[size_t(i)], scratch);
   }
 #pragma omp parallel for num_threads(a.num_threads)
   for (int i = 0; i < num_items; ++i) {
@@ -126,7 +127,7 @@ template <class K, class T> void run(const HfaMlaArgs& a) {
   cut_into_blocks(a, blocks);
   const int num_items = int(blocks.size());
   if (a.num_threads <= 1) {
-    for (const Block& b : blocks) run_whole<K, T>(a, b);
+    for (int i = 0; i < num_items; ++i) run_whole<K, T>(a, blocks[size_t(i)], i + 1 < num_items ? &blocks[size_t(i) + 1] : nullptr);
     return;
   }
   int longest = 0, num_splits = 1;
@@ -134,7 +135,7 @@ template <class K, class T> void run(const HfaMlaArgs& a) {
   while (num_items * num_splits < 2 * a.num_threads && longest >= 2 * num_splits * MIN_SPLIT_KEYS) num_splits *= 2;
   if (num_splits > 1) return run_split<K, T>(a, blocks, num_splits);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.num_threads)
-  for (int i = num_items - 1; i >= 0; --i) run_whole<K, T>(a, blocks[size_t(i)]);  // a sequence's last blocks are its longest
+  for (int i = num_items - 1; i >= 0; --i) run_whole<K, T>(a, blocks[size_t(i)], nullptr);  // a sequence's last blocks are its longest
 }
 
 bool make_sense(const HfaMlaArgs& a) {

@@ -78,7 +78,7 @@ template <class K, class T>
 static void weight_tile(const Weight<T>& w, int first, const T* next, const Sizes& s, typename K::Elem* rows, Tile<K>& tile) {
   using Elem = typename K::Elem;
   tile.begin = first;
-  tile.count = std::min(K::TILE, w.count - first);
+  tile.count = std::min(s.tile, w.count - first);
   tile.direct = std::is_same_v<T, Elem> && s.dim % K::DEPTH == 0 && s.dim % W == 0 && w.count % GROUP == 0;
   tile.stride = tile.direct ? w.stride : s.row_stride;
   for (int t = 0; !tile.direct && t < tile.count; ++t) {
@@ -94,6 +94,16 @@ static void weight_tile(const Weight<T>& w, int first, const T* next, const Size
   }
 }
 
+template <class K> static void scores_and_fetch(const Sizes& s, const Tile<K>& tile, Buffers<K>& buf) {
+#ifdef HFA_MLA_AMX
+  if constexpr (std::is_same_v<K, Bf16Tiles>) {
+    Fetcher fetcher(tile, score_work(s, tile));
+    return all_scores(s, tile, buf, fetcher);
+  }
+#endif
+  all_scores(s, tile, buf);
+}
+
 // One head's products of up to BLOCK_ROWS tokens. `next`: the next head's weight, or null.
 template <class K, class T> struct HeadProduct {
   const Sizes& s;  // dim: rank
@@ -106,15 +116,14 @@ template <class K, class T> struct HeadProduct {
     if (!tiles && s.num_rows == 1) return absorb_one(x.row(0), w, a.rank, state.acc, out.row(0));
     memset(state.acc, 0, size_t(s.num_panels * W * s.columns) * 4);
     Tile<K> tile;
-    for (int first = 0; first < w.count; first += K::TILE) {
+    for (int first = 0; first < w.count; first += s.tile) {
       weight_tile<K, T>(w, first, next ? next + first * w.stride : nullptr, s, buf.rows, tile);
       const auto row = [&](int t) { return x.row(t) + first; };
 #ifdef HFA_MLA_AMX
       if constexpr (tiles) {
         pack_tile_rows(s, tile.count, row, buf.p);
-        interleave(s, a.rank, tile, int(round_up(tile.count, 32)), 0, buf);
-        memory_barrier();
-        tile_sums(s, tile.count, buf, state);
+        Fetcher fetcher(tile, sum_work(s, tile));
+        tile_sums(s, a.rank, tile, buf, fetcher, state);
         continue;
       }
 #endif
@@ -130,9 +139,9 @@ template <class K, class T> struct HeadProduct {
   void expand(const Operand<const T>& x, const Weight<T>& w, const T* next, const Operand<T>& out) const {
     pack_rows<K, T>(s, a.rank, s.num_words, s.num_words, [&](int t) { return x.row(t); }, buf.q);
     Tile<K> tile;
-    for (int first = 0; first < w.count; first += K::TILE) {
+    for (int first = 0; first < w.count; first += s.tile) {
       weight_tile<K, T>(w, first, next ? next + first * w.stride : nullptr, s, buf.rows, tile);
-      all_scores(s, tile, buf);
+      scores_and_fetch(s, tile, buf);
       for (int panel = 0; panel < s.num_panels; ++panel)
         for (int i = 0; i < tile.count; i += W) {
           vf r[W];

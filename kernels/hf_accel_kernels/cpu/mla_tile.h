@@ -13,7 +13,7 @@ using attn::Scratch;
 
 constexpr int BLOCK_ROWS = 128;  // query rows of a block, or one token's heads
 constexpr int GROUP = 16;        // consecutive keys at even distances in memory
-constexpr int MAX_GROUPS = 8;    // of a tile
+constexpr int MAX_GROUPS = 16;   // of a tile
 constexpr float LAZY = 8.f;      // powers of two that probabilities may exceed 1 by
 
 // Query tokens of one sequence against its keys [key_begin, key_end); key_begin is a multiple of GROUP.
@@ -36,12 +36,15 @@ struct Sizes {
   int64_t num_words;   // along dim, in Q
   int64_t columns;     // along rank, in sums and values: a multiple of 4 * W
   int64_t row_stride;  // elements between the rows of a copied tile
+  int tile;            // keys handled between two updates of the running softmax
 
   template <class K> static Sizes of(const HfaMlaArgs& a, int num_rows) {
     Sizes s;
     s.num_rows = num_rows;
     s.num_panels = int(round_up(num_rows, W) / W);
+    if (s.num_panels > 1) s.num_panels = int(round_up(s.num_panels, K::PANEL_STEP));
     s.dim = a.rank + a.rope;
+    s.tile = s.num_panels > 1 ? K::TILE : K::ONE_PANEL_TILE;
     s.num_words = round_up(s.dim, K::DEPTH) / K::PER_WORD;
     s.columns = round_up(a.rank, 4 * W);
     const int64_t padded = round_up(std::max<int64_t>(s.dim, round_up(a.rank, W)), 32);
@@ -62,7 +65,7 @@ struct Sizes {
 template <class K> struct Tile {
   using Elem = typename K::Elem;
   const Elem* group[MAX_GROUPS + 1];  // GROUP rows each; beyond the last, the last again
-  const Elem* next[MAX_GROUPS];       // the rows to fetch meanwhile, or null
+  const Elem* next[MAX_GROUPS];       // the rows to fetch meanwhile, null after the last
   int64_t stride;                     // elements between rows
   int begin, count;
   bool direct;
@@ -107,20 +110,27 @@ template <class K, class T> static void copy_rows(const HfaMlaArgs& a, const Siz
   }
 }
 
+// `after`: the block that comes after this one, whose first rows are fetched during the last tile, or null.
 template <class K, class T>
-static void load_tile(const HfaMlaArgs& a, const Sizes& s, const Block& b, int begin, typename K::Elem* rows, Tile<K>& tile) {
+static void load_tile(const HfaMlaArgs& a, const Sizes& s, const Block& b, const Block* after, int begin, typename K::Elem* rows,
+                      Tile<K>& tile) {
   using Elem = typename K::Elem;
   tile.begin = begin;
-  tile.count = std::min(K::TILE, b.key_end - begin);
+  tile.count = std::min(s.tile, b.key_end - begin);
   tile.direct = reads_pages<K, T>(a);
   tile.stride = tile.direct ? s.dim : s.row_stride;
   if (!tile.direct) copy_rows<K, T>(a, s, b.seq, tile, rows);
   const int num_groups = (tile.count + GROUP - 1) / GROUP;
-  const auto address = [&](int key) { return static_cast<const Elem*>(a.pages) + row_of(a, b.seq, key) * s.dim; };
+  const auto address = [&](int seq, int key) { return static_cast<const Elem*>(a.pages) + row_of(a, seq, key) * s.dim; };
+  const bool last = begin + s.tile >= b.key_end;
+  const int ahead = !last ? begin + s.tile : after ? after->key_begin : 0;
+  const int ahead_end = !last ? b.key_end : after ? after->key_end : 0;
   for (int g = 0; g < MAX_GROUPS; ++g) {
-    const int ahead = begin + K::TILE + g * GROUP;
-    tile.next[g] = tile.direct && g < K::TILE / GROUP && ahead < b.key_end ? address(ahead) : nullptr;
-    tile.group[g] = g >= num_groups ? tile.group[g - 1] : tile.direct ? address(begin + g * GROUP) : rows + g * GROUP * s.row_stride;
+    const int key = ahead + g * GROUP;
+    tile.next[g] = tile.direct && g < s.tile / GROUP && key < ahead_end ? address(last ? after->seq : b.seq, key) : nullptr;
+    tile.group[g] = g >= num_groups ? tile.group[g - 1]
+                    : tile.direct   ? address(b.seq, begin + g * GROUP)
+                                    : rows + g * GROUP * s.row_stride;
   }
 }
 

@@ -13,13 +13,13 @@ static_assert(GROUP % KEY_ROWS == 0 && W % std::min(W, KEY_ROWS) == 0);
 
 struct Fp32Vectors : attn::Fp32Lanes<float> {
   using Elem = float;
-  static constexpr int TILE = 64, DEPTH = 1, KEYS = 1;
+  static constexpr int TILE = 64, ONE_PANEL_TILE = 64, DEPTH = 1, KEYS = 1, PANEL_STEP = 1;
   static HFA_INLINE Reg broadcast(Word w) { return w - vf{}; }  // 0 + w would be an addition: it changes -0
 };
 #ifdef HFA_BF16_DOT
 struct Bf16Vectors : attn::Bf16Pairs {
   using Elem = bf16;
-  static constexpr int TILE = 64, DEPTH = 2, KEYS = 2;
+  static constexpr int TILE = 64, ONE_PANEL_TILE = 64, DEPTH = 2, KEYS = 2, PANEL_STEP = 1;
 };
 #endif
 
@@ -103,26 +103,18 @@ template <class K> HFA_INLINE void probabilities(float* s, typename K::Word* p, 
   storeu(sum_, loadu<vf>(sum_) + (total[0] + total[1]));
 }
 
-// v[pairs][columns + 16]: words of neighbouring rows of latents, zeros beyond the last. Of the tile's next rows, columns
-// from fetch_from on are fetched meanwhile.
+// v[pairs][columns + 16]: words of neighbouring rows of latents, zeros beyond the last.
 #ifdef HFA_BF16_DOT
-template <class K> static void interleave(const Sizes& s, int rank, const Tile<K>& tile, int end, int fetch_from, Buffers<K>& buf) {
-  for (int t = 0; t < end; t += 2) {
+template <class K> static void interleave(const Sizes& s, int rank, const Tile<K>& tile, Buffers<K>& buf) {
+  for (int t = 0; t < tile.count; t += 2) {
     const bf16* rows = tile.group[t / GROUP] + t % GROUP * tile.stride;
     uint32_t* to = buf.v + t / 2 * (s.columns + 16);
-    const int64_t live = t < tile.count ? rank : 0;
     const bool odd = t + 1 < tile.count;
-    const bf16* next = tile.next[t / GROUP];
-    if (next) next += t % GROUP * tile.stride;
     for (int64_t c = 0; c < s.columns; c += 2 * W) {
-      const int n = int(std::max<int64_t>(0, std::min<int64_t>(2 * W, live - c)));
-      if (next && c >= fetch_from) {
-        __builtin_prefetch(next + c, 0, 2);
-        __builtin_prefetch(next + tile.stride + c, 0, 2);
-      }
+      const int n = int(std::max<int64_t>(0, std::min<int64_t>(2 * W, rank - c)));
       vu low, high;
-      attn::Bf16Pairs::pair(attn::Bf16Pairs::load_words_n(reinterpret_cast<const attn::bf16*>(rows + c), n),
-                            odd ? attn::Bf16Pairs::load_words_n(reinterpret_cast<const attn::bf16*>(rows + tile.stride + c), n) : vu{},
+      attn::Bf16Pairs::pair(attn::Bf16Pairs::load_words_n(rows + c, n),
+                            odd ? attn::Bf16Pairs::load_words_n(rows + tile.stride + c, n) : vu{},
                             low, high);
       storeu(to + c, low);
       storeu(to + c + W, high);
@@ -167,7 +159,7 @@ template <class K> static void sums(const HfaMlaArgs& a, const Sizes& s, const T
   int64_t stride = tile.stride;
 #ifdef HFA_BF16_DOT
   if constexpr (K::KEYS == 2) {
-    interleave(s, a.rank, tile, tile.count, a.rank, buf);
+    interleave(s, a.rank, tile, buf);
     stride = s.columns + 16;
   }
 #endif
@@ -190,11 +182,12 @@ template <class K> static void sums(const HfaMlaArgs& a, const Sizes& s, const T
 }
 
 // state: base -inf, the rest zero on entry.
-template <class K, class T> static void attend_vectors(const HfaMlaArgs& a, const Block& b, const Sizes& s, const State& state, Buffers<K>& buf) {
+template <class K, class T> static void attend_vectors(const HfaMlaArgs& a, const Block& b, const Block* after, const Sizes& s,
+                                                         const State& state, Buffers<K>& buf) {
   pack_queries<K, T>(a, s, b, buf);
   Tile<K> tile;
-  for (int begin = b.key_begin; begin < b.key_end; begin += K::TILE) {
-    load_tile<K, T>(a, s, b, begin, buf.rows, tile);
+  for (int begin = b.key_begin; begin < b.key_end; begin += s.tile) {
+    load_tile<K, T>(a, s, b, after, begin, buf.rows, tile);
     all_scores(s, tile, buf);
     for (int panel = 0; panel < s.num_panels; ++panel) {
       float *lane_s = buf.s + panel * K::TILE * W, *base = state.base + panel * W, *sum_ = state.sum + panel * W;
