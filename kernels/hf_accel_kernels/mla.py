@@ -102,7 +102,7 @@ def mla_gather(
     dtype = dtype or (pages.dtype if scales is None else None)
     if dtype is None:
         raise ValueError("mla_gather needs the dtype of its result for float8_e4m3fn pages")
-    _check_pages(pages, scales, dtype)
+    _check_pages(pages, scales, dtype, any_float=True)
     num_pages = -(-length // pages.shape[1])
     if page_ids.ndim != 1 or page_ids.shape[0] < num_pages or not 0 < rank <= pages.shape[2]:
         raise ValueError(
@@ -226,10 +226,12 @@ def _cpu_ops() -> CpuMla | None:
         return None
 
 
-def _check_pages(pages: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> None:
+def _check_pages(
+    pages: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype, *, any_float: bool = False
+) -> None:
     if pages.ndim != 3 or not pages.is_contiguous():
         raise ValueError(f"pages must be [num_pages, page_size, rank + rope], contiguous, got {tuple(pages.shape)}")
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and not (any_float and dtype.is_floating_point):
         raise ValueError(f"latent attention takes float32, bfloat16 or float16, not {dtype}")
     if (pages.dtype == FP8) != (scales is not None) or (scales is None and pages.dtype != dtype):
         raise ValueError(

@@ -195,6 +195,18 @@ def test_fp8_storage_is_close_and_small() -> None:
     assert 0 < error < 0.15, error
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_dtypes_without_a_packed_form(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """float64 has no kernel: torch ops, with one log line that says so; float16 has no packed weights."""
+    model = make_model("minicpm3", dtype)
+    expected = greedy(model)
+    with caplog.at_level(logging.WARNING, logger="hf_accel"), hf_accel.patch(model, **CHECKED):
+        for _ in range(2):
+            assert torch.equal(greedy(model), expected)
+        assert hf_accel.get_engine(model).stats().fallback_reasons == {}
+    assert sum("torch ops" in r.getMessage() for r in caplog.records) == (dtype == torch.float64)
+
+
 def test_fp8_is_refused_for_models_with_keys_and_values() -> None:
     with pytest.raises(ValueError, match="kv_cache_dtype"):
         hf_accel.patch(make_model("llama"), kv_cache_dtype="fp8")
