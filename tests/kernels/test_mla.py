@@ -365,6 +365,14 @@ def test_bad_arguments_are_refused() -> None:
         mla.mla_expanded_attention(case.heads_q, torch.zeros(9, 48), torch.zeros(9, 8), 1.0, nope=24)
 
 
+def test_long_chunks_prefer_the_expanded_form() -> None:
+    for heads in (16, 128):
+        for prefix in (0, 10, 1000, 100_000):
+            choice = [mla.prefer_expanded(new, prefix + new, heads) for new in range(1, 2000)]
+            assert choice == sorted(choice)  # once it pays, it pays for longer chunks
+            assert not choice[0] and choice[-1]
+
+
 @pytest.mark.skipif("x86" not in os.uname().machine, reason="names x86 architectures")
 @pytest.mark.parametrize(
     "arch", ["x86-64-v3", *(pytest.param(a, marks=pytest.mark.slow) for a in ("x86-64", "x86-64-v4", "cooperlake"))]
