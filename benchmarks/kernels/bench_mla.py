@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from hf_accel_kernels import mla, mla_torch
 from hf_accel_kernels.cpu.mla import CpuMla
+from hf_accel_kernels.huge_pages import empty_in_huge_pages
 
 RANK, ROPE, NOPE, V, PAGE_SIZE = 512, 64, 128, 128, 16
 SCALE = (NOPE + ROPE) ** -0.5
@@ -52,7 +53,7 @@ class Layers:
         self.num_bytes = batch * seq_len * (RANK + ROPE) * dtype.itemsize
         weight_bytes = heads * (NOPE + V) * RANK * dtype.itemsize
         count = 1 + COLD_BYTES // layer_bytes if cold else 1
-        self.pages = [torch.randn(num_pages, PAGE_SIZE, RANK + ROPE).to(dtype) for _ in range(count)]
+        self.pages = [empty_in_huge_pages((num_pages, PAGE_SIZE, RANK + ROPE), dtype).normal_() for _ in range(count)]
         kept = 1 + COLD_BYTES // weight_bytes if cold else 1
         shape = (heads * (NOPE + V), RANK)
         self.raw = [(torch.randn(shape) / RANK**0.5).to(dtype) for _ in range(kept)]

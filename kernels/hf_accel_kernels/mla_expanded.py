@@ -51,6 +51,22 @@ def mla_expanded_attention(
     return ops.paged_attention(q, keys, values, page_table, lens[0, :1], lens[0, 1:], scale)
 
 
+SHORT = 48  # new tokens that never pay for an expansion
+LARGE = 1 << 16  # heads x tokens from which expanded keys and values are fresh memory at every call
+
+
 def prefer_expanded(num_new: int, num_total: int, num_heads: int) -> bool:
-    """Whether `mla_expanded_attention` beats the absorbed form for a chunk of `num_new` tokens in `num_total`."""
-    return num_new >= 64
+    """Whether the expanded form (expansion included) beats the absorbed one on CPU for a sequence's chunk.
+
+    Fitted to DeepSeek's sizes (rank 512, rope 64, nope 128, v 128), 16 and 128 heads, float32 and bfloat16, 16 to 1024
+    new of 64 to 2048 tokens: the two forms cost the same where the pairs that attention saves and the absorption of the
+    new tokens weigh as much as the expansion of all tokens. benchmarks/kernels/bench_mla.py prints prediction and truth.
+
+    Args:
+        num_new: the sequence's tokens in this step.
+        num_total: its tokens including these.
+        num_heads: attention heads.
+    """
+    pairs = num_new * num_total - num_new * num_new / 2
+    expansion = num_total * (1.4 if num_heads * num_total > LARGE else 1.0)
+    return num_new > SHORT and 0.0035 * pairs + 1.4 * num_new > expansion
