@@ -1,7 +1,7 @@
-// What this core can do at best: bytes read per second from memory, fp32 multiply-adds per second, bf16 dot products.
+// What this core can do at best: bytes read per second from memory, fp32 multiply-adds per second, bf16 products.
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 #include <immintrin.h>
 #endif
 
@@ -33,6 +33,28 @@ extern "C" double probe_fma(int64_t rounds, float* sink) {
   }
   for (int j = 0; j < 12; ++j) *sink += a[j][0];
   return 2.0 * W * 12 * double(rounds);
+}
+
+// The same with bf16 tile products; 0 where there is no tile unit. The process has been lent the tile registers.
+extern "C" double probe_bf16_tiles(int64_t rounds, float* sink) {
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+  alignas(64) unsigned char config[64] = {1};
+  for (int i = 0; i < 8; ++i) config[16 + 2 * i] = 64, config[48 + i] = 16;
+  asm volatile("" : : "r"(config) : "memory");  // the intrinsic does not say that all of it is read
+  _tile_loadconfig(config);
+  for (int64_t r = 0; r < rounds; ++r) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  *sink += 1;
+  return 4.0 * 2 * 16 * 16 * 32 * double(rounds);
+#else
+  (void)rounds; (void)sink;
+  return 0;
+#endif
 }
 
 // The same with bf16 pair dot products; 0 where the processor has none.
