@@ -113,12 +113,16 @@ class AmxRun {
       : buf_(buf), state_(state), scale_(a), window_(a.sliding_window), begin_(begin), end_(end), num_rows_(num_rows),
         plain_(scale_.cap == 0 && scale_.scale > 0) {}
 
-  void attend() {
+  // The next run is fetched meanwhile.
+  void attend(Fetcher& fetcher) {
     const int row_tiles = int(round_up(num_rows_, 16) / 16);
+    const int num_units = (row_tiles + 1) / 2 * ((end_ - begin_ + AMX_TILE - 1) / AMX_TILE);
+    const int share = (end_ + AMX_RUN - fetcher.next() + num_units - 1) / num_units;
     Unit last{}, now{}, next{};
     int turn = 0;
     for (int r = 0; r < row_tiles; r += 2)
       for (int t = 0; begin_ + t < end_; t += AMX_TILE) {
+        fetcher.until(std::min(end_ + AMX_RUN, fetcher.next() + share));
         next = unit(r, std::min(2, row_tiles - r), t);
         if (!next.steps) continue;
         step(last, now, next, turn);
@@ -235,10 +239,11 @@ inline void amx_block(const HfaAttentionArgs& a, const Block& b, const State& st
   pack_amx_queries(a, b, num_rows, buf);
   memset(buf.acc, 0, size_t(row_tiles * buf.value_tiles * TILE_WORDS) * 4);
   const TileConfig config;
+  Fetcher fetcher(a, b);
   for (int run = b.key_begin; run < b.key_end; run += AMX_RUN) {
     const int run_end = std::min(b.key_end, run + AMX_RUN);
-    pack_run(a, b, run, run_end, buf);
-    AmxRun(a, buf, state, run, run_end, num_rows).attend();
+    pack_run(a, b, run, run_end, buf, fetcher);
+    AmxRun(a, buf, state, run, run_end, num_rows).attend(fetcher);
   }
   write_amx_state(buf, num_rows, state);
 }

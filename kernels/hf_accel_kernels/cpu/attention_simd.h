@@ -47,7 +47,7 @@ typedef uint16_t vh2 __attribute__((vector_size(W * 4)));      // 2W half-width 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
-HFA_INLINE vf set1(float x) { return vf{} + x; }
+HFA_INLINE vf set1(float x) { return x - vf{}; }  // 0 + x would be a real addition: it turns -0 into 0
 HFA_INLINE vf zero() { return vf{}; }
 HFA_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted by the compiler
 template <class V, class P> HFA_INLINE V loadu(const P* p) { V v; memcpy(&v, p, sizeof v); return v; }

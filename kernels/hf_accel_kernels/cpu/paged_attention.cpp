@@ -23,7 +23,7 @@ thread_local std::vector<Block> call_blocks; // one call's blocks
 template <class D, class P> struct VectorForm {
   using T = typename D::T;
   using Decode = D;
-  static constexpr int ROWS = BLOCK_ROWS;
+  static constexpr int ROWS = BLOCK_ROWS, DECODE_ROWS = MAX_DECODE_ROWS;  // larger groups decode as prefill
   static int64_t scratch_bytes(const HfaAttentionArgs& a) { return prefill_scratch_bytes(a); }
   static void prefill(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
     prefill_block<P>(a, b, state, scratch);
@@ -42,17 +42,13 @@ using Bf16Form = VectorForm<Fp32Lanes<bf16>, Fp32Lanes<bf16>>;
 struct TileForm {
   using T = bf16;
   using Decode = Bf16Form::Decode;
-  static constexpr int ROWS = AMX_BLOCK_ROWS;
+  static constexpr int ROWS = AMX_BLOCK_ROWS, DECODE_ROWS = 8;
   static int64_t scratch_bytes(const HfaAttentionArgs& a) { return amx_scratch_bytes(a); }
   static void prefill(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
     amx_block(a, b, state, scratch);
   }
 };
 #endif
-
-bool is_decode(const HfaAttentionArgs& a, const Block& b) {
-  return b.num_tokens == 1 && a.num_heads / a.num_kv_heads <= MAX_DECODE_ROWS;
-}
 
 // The blocks of one kv head follow each other: they read the same keys.
 template <class F> void cut_into_blocks(const HfaAttentionArgs& a, std::vector<Block>& blocks) {
@@ -129,7 +125,7 @@ void merge(const State& into, const State& from, int64_t rows) {
 }
 
 template <class F> void attend(const HfaAttentionArgs& a, const Block& b, const State& state, Scratch& scratch) {
-  if (is_decode(a, b)) decode_block<typename F::Decode>(a, b, state, scratch);
+  if (b.num_tokens == 1 && a.num_heads / a.num_kv_heads <= F::DECODE_ROWS) decode_block<typename F::Decode>(a, b, state, scratch);
   else F::prefill(a, b, state, scratch);
 }
 
