@@ -131,7 +131,7 @@ def bench_decode(heads: int, dtype: torch.dtype, batch: int, context: int, round
     for i in range(rounds):
         reads.append(read_gbps(memory))
         for offset, (name, provider) in enumerate(providers.items()):
-            if name != "torch" or i < 5:
+            if name != "torch" or i < 3:
                 times[name].append(timed(lambda p=provider, j=i * 3 + offset: p(j)))
         if i < 2 and layers.hf_bytes() < HF_BYTES:
             times["hf"].append(batch * timed(lambda j=i: layers.hf(j)))

@@ -18,14 +18,15 @@ class AbsorbedWeights:
         weight: [num_heads * (nope + v), rank], what is read; a copy's address outlives `update`.
     """
 
-    def __init__(self, weight: torch.Tensor, num_heads: int, nope: int, packed: bool = True) -> None:
+    def __init__(self, weight: torch.Tensor, num_heads: int, nope: int, packed: bool = False) -> None:
         """Take the weight apart.
 
         Args:
             weight: [num_heads * (nope + v), rank], kv_b_proj's.
             num_heads: attention heads.
             nope: values of a query head without a position.
-            packed: on CPU, keep a copy laid out for streaming; False reads the weight in place (and keeps it alive).
+            packed: on CPU, keep a copy in huge pages: a decode step's products are 2 to 5 % faster for twice the memory.
+                False reads the weight in place, and keeps it alive.
 
         Raises:
             ValueError: the sizes do not fit.

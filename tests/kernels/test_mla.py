@@ -224,21 +224,23 @@ def test_every_fp8_value_is_converted_as_torch_does() -> None:
     assert nan.sum() == 2 and (got.isnan().all(dim=2)[:, 0] == nan).all()
 
 
-def test_update_writes_in_place() -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_update(packed: bool) -> None:
     for dtype in TOLERANCE:
         case = make_mla_case((2,), (20,), num_heads=3, dtype=dtype)
-        weights = mla.AbsorbedWeights(case.weight, 3, case.nope)
+        weights = mla.AbsorbedWeights(case.weight, 3, case.nope, packed=packed)
         arguments = (case.pages, *case.tables, case.scale)
         address = weights.weight.data_ptr()
+        assert weights.num_bytes == (case.weight.nbytes if packed else 0)
+        assert (address == case.weight.data_ptr()) != packed
         other = make_mla_case((2,), (20,), num_heads=3, dtype=dtype, seed=1).weight
         before = mla.mla_absorbed_attention(case.heads_q, weights, *arguments)
         weights.update(other)
         fresh = mla.AbsorbedWeights(other, 3, case.nope)
         after = mla.mla_absorbed_attention(case.heads_q, weights, *arguments)
         assert torch.equal(after, mla.mla_absorbed_attention(case.heads_q, fresh, *arguments))
-        assert not torch.equal(after, before) and weights.weight.data_ptr() == address
-        assert weights.num_bytes == case.weight.nbytes
-        assert mla.AbsorbedWeights(case.weight, 3, case.nope, packed=False).num_bytes == 0
+        assert not torch.equal(after, before)
+        assert not packed or weights.weight.data_ptr() == address
         with pytest.raises(ValueError, match="expected a weight"):
             weights.update(other[:-1])
 

@@ -28,7 +28,7 @@ template <class K> struct Registers {
   Registers() {}
 };
 
-// s[KEY_ROWS keys][W] of N panels; `ahead`: as many rows as these to fetch meanwhile, or null.
+// s[KEY_ROWS keys][W] of N panels; `ahead`: half as many rows as these to fetch meanwhile, or null.
 template <class K, int N>
 static void score_keys(const typename K::Word* q, int64_t num_words, const typename K::Elem* rows, int64_t stride, const char* ahead,
                        float* s) {
@@ -42,7 +42,7 @@ static void score_keys(const typename K::Word* q, int64_t num_words, const typen
   const Aliased* row[KEY_ROWS];
 #pragma GCC unroll 8
   for (int r = 0; r < KEY_ROWS; ++r) row[r] = reinterpret_cast<const Aliased*>(rows + r * stride);
-  constexpr int WORDS_A_LINE = 16 / KEY_ROWS;  // 64 bytes of KEY_ROWS rows' share
+  constexpr int WORDS_A_LINE = 32 / KEY_ROWS;  // passed for every 64 bytes of these rows' halves
   for (int64_t k = 0; k < num_words; ++k) {
     if (ahead && k % WORDS_A_LINE == 0) __builtin_prefetch(ahead + k / WORDS_A_LINE * 64, 0, 2);
     typename K::Reg query[N];
@@ -66,7 +66,7 @@ template <class K> static void all_scores(const Sizes& s, const Tile<K>& tile, B
     for (int t = 0; t < tile.count; t += KEY_ROWS) {
       const int64_t offset = t % GROUP * tile.stride;
       const auto* next = panel ? nullptr : tile.next[t / GROUP];
-      const char* ahead = next ? reinterpret_cast<const char*>(next + offset) : nullptr;
+      const char* ahead = next ? reinterpret_cast<const char*>(next + offset / 2) : nullptr;
       const auto run = [&](auto function) {
         function(buf.q + panel * s.num_words * W, s.num_words, tile.group[t / GROUP] + offset, tile.stride, ahead,
                  buf.s + (panel * K::TILE + t) * W);
@@ -123,9 +123,16 @@ template <class K> static void interleave(const Sizes& s, int rank, const Tile<K
 }
 #endif
 
+// What the sums fetch of the next rows: of each group the second half, the lines shared among the calls in turn.
+struct Ahead {
+  const char* group[MAX_GROUPS];  // or null
+  int64_t line, num_lines;
+};
+
 // acc[KEY_ROWS rows][N vectors] += p . rows of latents, over all keys of the tile.
 template <class K, int N>
-static void sum_rows(const typename K::Word* p, const typename K::Word* const* group, int64_t stride, int num_steps, float* acc) {
+static void sum_rows(const typename K::Word* p, const typename K::Word* const* group, int64_t stride, int num_steps, const Ahead& ahead,
+                     float* acc) {
   constexpr int R = std::min(W, KEY_ROWS), STEPS = GROUP / K::KEYS;
   vf a[R][N];
 #pragma GCC unroll 8
@@ -135,7 +142,13 @@ static void sum_rows(const typename K::Word* p, const typename K::Word* const* g
   for (int first = 0; first < num_steps; first += STEPS) {
     const typename K::Word* v = group[first / STEPS];
     const int stop = std::min(num_steps, first + STEPS);
+    const char* line = ahead.line < ahead.num_lines ? ahead.group[first / STEPS] : nullptr;
+    if (line) line += ahead.line * 64;
     for (int t = first; t < stop; ++t, v += stride) {
+      if (line) {
+        __builtin_prefetch(line, 0, 2);
+        line += 64;
+      }
       typename K::Reg value[N];
 #pragma GCC unroll 3
       for (int i = 0; i < N; ++i) value[i] = loadu<typename K::Reg>(v + i * W);
@@ -164,6 +177,10 @@ template <class K> static void sums(const HfaMlaArgs& a, const Sizes& s, const T
   }
 #endif
   const int num_steps = (tile.count + K::KEYS - 1) / K::KEYS, num_vectors = (a.rank + W - 1) / W;
+  const int64_t half = GROUP / 2 * tile.stride;
+  Ahead ahead;
+  for (int g = 0; g < MAX_GROUPS; ++g) ahead.group[g] = tile.next[g] ? reinterpret_cast<const char*>(tile.next[g] + half) : nullptr;
+  ahead.line = 0, ahead.num_lines = half * int64_t(sizeof(typename K::Elem)) / 64;
   for (int i = 0; i < num_vectors; i += MAX_VECTORS) {
     const Word* group[MAX_GROUPS];
     for (int g = 0; g < MAX_GROUPS; ++g)
@@ -173,10 +190,11 @@ template <class K> static void sums(const HfaMlaArgs& a, const Sizes& s, const T
       float* acc = state.acc + panel * s.columns * W + (i * W + row % W) * W;
       const Word* p = buf.p + panel * K::TILE * W + row % W;
       switch (std::min(MAX_VECTORS, num_vectors - i)) {
-        case 1: sum_rows<K, 1>(p, group, stride, num_steps, acc); break;
-        case 2: sum_rows<K, 2>(p, group, stride, num_steps, acc); break;
-        default: sum_rows<K, 3>(p, group, stride, num_steps, acc);
+        case 1: sum_rows<K, 1>(p, group, stride, num_steps, ahead, acc); break;
+        case 2: sum_rows<K, 2>(p, group, stride, num_steps, ahead, acc); break;
+        default: sum_rows<K, 3>(p, group, stride, num_steps, ahead, acc);
       }
+      ahead.line += GROUP / K::KEYS;
     }
   }
 }
