@@ -59,10 +59,6 @@ class ForwardBatchBuilder:
             return self._build_decode(requests)
         return self._build_mixed(output)
 
-    def page_ids(self, slot: int, num_tokens: int) -> torch.Tensor:
-        """The pages that hold the first `num_tokens` tokens of a running request's row: [num_pages] int64."""
-        return self._device(self._table[slot, : -(-num_tokens // self.page_size)], np.int64)
-
     def _build_decode(self, requests: tuple[ScheduledRequest, ...]) -> ForwardBatch:
         """One token and one row of logits each: the step that runs most often, so with few array operations: each one
         starts with cold caches after a forward."""

@@ -53,7 +53,7 @@ def export_kv(
 
 def _copy(engine: Engine, rows: Sequence[Request], seen: torch.Tensor, cache: DynamicCache) -> None:
     """`seen`: [batch, length] on the host, 1 where a row has its next token; each has computed as many."""
-    runner, builder = engine.core.executor.runner, engine.core.executor.builder
+    runner, cache_manager, page_size = engine.core.executor.runner, engine.core.cache, engine.config.page_size
     columns = [row.nonzero()[:, 0].to(runner.device) for row in seen]
     for layer, shape in enumerate(runner.spec.layers):
         keys = torch.zeros(
@@ -62,7 +62,8 @@ def _copy(engine: Engine, rows: Sequence[Request], seen: torch.Tensor, cache: Dy
         values = keys.new_zeros(*keys.shape[:3], shape.v_head_dim)
         for i, row in enumerate(rows):
             computed = row.num_computed_tokens
-            pages = builder.page_ids(row.slot or 0, computed)
+            page_ids = cache_manager.page_ids(row.request_id)[: -(-computed // page_size)]
+            pages = torch.tensor(page_ids, device=runner.device)
             keys[i][:, columns[i]], values[i][:, columns[i]] = runner.read_kv(layer, pages, computed)
         cache.update(keys, values, layer)
         kept = cache.layers[layer]
