@@ -153,6 +153,20 @@ def test_uniforms_of_zero_and_almost_one(native):
     assert winners == {True, False}
 
 
+def test_a_pair_of_words_over_the_end_of_a_block(native):
+    """The high word's 21 bits are 0, so that everything hangs on the low one: the first of the next block."""
+    rng = random.Random(17)
+    winners = []
+    for seed in range(300):
+        state = _state(seed, used_words=WORDS - 1)
+        values = state[24 : 24 + 8 * WORDS].view(torch.int64)
+        values[WORDS - 1] = _untemper(0xABC00000)
+        if seed % 10 == 0:
+            values[[0, 1, 397]] = 0  # the next block begins with 0
+        winners.append(int(_both(native, torch.tensor([[1.0, 2.0 ** rng.uniform(19, 24)]]), state)))
+    assert 50 < sum(winners) < 250
+
+
 def test_a_torn_state_is_left_to_torch(native):
     """`left` and `next` that do not belong together cannot come from draws, but torch accepts them."""
     state = _state(9, 10)
