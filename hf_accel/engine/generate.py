@@ -28,6 +28,7 @@ from hf_accel.engine.sampler import InvalidLogits
 from hf_accel.patching.eligibility import call_reason, model_reason, padding_reason, window_reason
 from hf_accel.request import Request
 from hf_accel.sampling_params import SamplingParams
+from hf_accel_kernels.multinomial import multinomial
 
 logger = logging.getLogger("hf_accel")
 
@@ -205,7 +206,7 @@ def _generate_in_lockstep(call: _Call) -> dict[str, Any]:
                 raw_logits += (next_token_logits,)
             if config.do_sample:
                 probs = nn.functional.softmax(next_token_scores, dim=-1)
-                next_tokens = torch.multinomial(probs, num_samples=1).squeeze(1)
+                next_tokens = multinomial(probs).squeeze(1)
             else:
                 next_tokens = torch.argmax(next_token_scores, dim=-1)
             if call.has_eos:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 import hf_accel
+from hf_accel_kernels.multinomial import _checked_native
 
 from ..patching.configs import make_model
 from . import generate_cases as cases
@@ -36,6 +37,19 @@ def _quiet() -> Iterator[None]:
 def test_argument_gives_hfs_tokens(model: PreTrainedModel, case: cases.Case) -> None:
     outcome = compare_case(model, case)
     assert outcome.error is None
+
+
+def test_sampling_leaves_the_zero_probabilities_out(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens above come from our own op where it is built: torch's is never asked."""
+    if _checked_native() is None:
+        pytest.skip("the C++ ops are not built here")
+
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("torch.multinomial was called")
+
+    with hf_accel.patch(model, **CONFIG):
+        monkeypatch.setattr(torch, "multinomial", forbidden)
+        model.generate(**prompts(), do_sample=True, top_k=5, max_new_tokens=4, pad_token_id=cases.PAD)
 
 
 @table(cases.OUTPUTS)
