@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -143,3 +145,11 @@ def test_mla_decode_compares_both_and_writes_rows(tmp_path: Path) -> None:
     assert {row["kv_bytes_per_token"] for row in rows} == {str(3 * 576 * 4)}
     assert all(float(row["ms_per_token"]) > 0 and row["equal_outputs"] == "1" for row in rows)
     assert path.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "benchmarks" / "kernels").glob("bench_*.py")))
+def test_kernel_benchmarks_start(script: str) -> None:
+    path = ROOT / "benchmarks" / "kernels" / script
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    result = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and "usage" in result.stdout, result.stderr

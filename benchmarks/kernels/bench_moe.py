@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_fused_decoder import ReadProbe, interleaved, rotating
+from bench_fused_decoder import Probe, interleaved, rotating
 from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
@@ -93,7 +93,7 @@ def providers(
 
 
 @torch.no_grad()
-def bench(name: str, dtype: torch.dtype, rounds: int, tokens: list[int], probe: ReadProbe) -> list[dict[str, object]]:
+def bench(name: str, dtype: torch.dtype, rounds: int, tokens: list[int], probe: Probe) -> list[dict[str, object]]:
     shape, rows = SHAPES[name], []
     layers = make_layers(shape, dtype)
     for num_tokens in tokens:
@@ -128,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    probe, rows = ReadProbe(), []
+    probe, rows = Probe(), []
     for name in args.shape or ["deepseek-v2-lite", "mixtral-small"]:
         for dtype in args.dtype or ["float32", "bfloat16"]:
             rows += bench(name, getattr(torch, dtype), args.rounds, args.tokens or list(TOKENS), probe)

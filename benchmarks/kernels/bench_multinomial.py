@@ -5,6 +5,7 @@ OMP_NUM_THREADS=1 PYTHONPATH=.:kernels python benchmarks/kernels/bench_multinomi
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hf_accel_kernels.multinomial import multinomial
 VOCAB_SIZE = 32000
 
 
-def measure(num_rows: int, top_k: int, repeats: int = 200) -> tuple[float, float]:
+def measure(num_rows: int, top_k: int, repeats: int) -> tuple[float, float]:
     """(torch's, ours) in ms."""
     scores = torch.randn((num_rows, VOCAB_SIZE), generator=torch.Generator().manual_seed(num_rows)) * 3
     threshold = scores.topk(top_k, dim=-1).values[:, -1:]
@@ -34,10 +35,13 @@ def measure(num_rows: int, top_k: int, repeats: int = 200) -> tuple[float, float
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=200)
+    options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), vocabulary of {VOCAB_SIZE}")
     for num_rows in (1, 8):
         for top_k in (40, VOCAB_SIZE):
-            torchs, ours = measure(num_rows, top_k)
+            torchs, ours = measure(num_rows, top_k, options.repeats)
             print(f"rows {num_rows} top_k {top_k:5d}: torch {torchs:.3f} ms, ours {ours:.3f} ms, {torchs / ours:.1f}x")
 
 
