@@ -225,16 +225,18 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
         rate = f"{float(row['tokens_per_second']):.0f}"
         cells = [row["workload"].replace("_", " "), row["model"], row["dtype"], rate, *ratios, hits]
         lines.append(f"| {' | '.join(cells)} |")
-    for source in sorted({_source(row) for row in ours}):
-        lines.append(f"\n{source}")
+    commands: dict[str, list[str]] = {}
+    for row in ours:
+        known = commands.setdefault(_source(row), [])
+        if row["command"] not in known:
+            known.append(row["command"])
+    for source, made_by in commands.items():
+        lines.append(f"\n{source}: {', '.join(f'`{command}`' for command in made_by)}")
     return "\n".join(lines)
 
 
 def _source(row: dict[str, Any]) -> str:
-    return (
-        f"{row['cpu']}, {row['threads']} thread(s), torch {row['torch']}, transformers {row['transformers']}, "
-        f"{row['date']}: `{row['command']}`"
-    )
+    return f"{row['cpu']}, {row['threads']} thread(s), torch {row['torch']}, transformers {row['transformers']}, {row['date']}"
 
 
 def _one_decimal(value: Any) -> str:
