@@ -38,7 +38,10 @@ def draw(rows: Sequence[dict[str, str]]) -> Figure:
     for i, model in enumerate(models):
         for j, dtype in enumerate(dtypes):
             part = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
-            _panel(axes[i][j], part, f"{model}, {dtype}")
+            if part:
+                _panel(axes[i][j], part, f"{model}, {dtype}")
+            else:
+                axes[i][j].set_visible(False)
     handles: dict[str, Any] = {}
     for axis in figure.axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
