@@ -186,7 +186,7 @@ class ModelRunner:
     def _fit_num_pages(self) -> int:
         """Pages that fit in the configured share of the device's free memory."""
         kind = MLAPool if isinstance(self.spec.layers[0], LatentShape) else MHAPool
-        page_bytes = kind.bytes_per_page_for(self.spec.layers, self.config.page_size, self.kv_dtype)
+        page_bytes = kind.bytes_per_token_for(self.spec.layers, self.kv_dtype) * self.config.page_size
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             budget = int(free * self.config.memory_fraction)

@@ -10,11 +10,14 @@ import ctypes
 import functools
 import mmap
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+FP8 = torch.float8_e4m3fn
 HUGE_PAGE = 2 << 20  # bytes; also the tensor size from which huge pages are asked for
 
 
@@ -27,23 +30,20 @@ class LayerShape:
     v_head_dim: int
 
 
-class MHAPool:
-    """Paged keys and values of every layer, pages numbered alike in all layers.
-
-    `k_pages[layer]` is [num_pages, num_kv_heads, page_size, head_dim] and `v_pages[layer]` the same with v_head_dim: a
-    page's head is contiguous, which CPU attention reads up to 38% faster than token-major pages.
+class PagePool(ABC):
+    """What every pool of pages does with its tensors, whose first axis is the page.
 
     Args:
         layers: the layers' shapes, in the model's order.
         num_pages: pages in the pool; page ids are 0..num_pages-1.
         page_size: tokens in a page.
-        dtype: of the keys and values.
-        device: where they are.
+        dtype: of what is stored.
+        device: where it is.
     """
 
     def __init__(
         self,
-        layers: Sequence[LayerShape],
+        layers: Sequence[Any],
         num_pages: int,
         page_size: int,
         dtype: torch.dtype,
@@ -56,61 +56,100 @@ class MHAPool:
         self.page_size = page_size
         self.dtype = dtype
         self.device = torch.device(device)
-        self.k_pages: list[torch.Tensor] = []
-        self.v_pages: list[torch.Tensor] = []
+        self._tensors: list[torch.Tensor] = []
         self.restore()
 
     @staticmethod
-    def bytes_per_page_for(layers: Sequence[LayerShape], page_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one page over all layers, to size a pool before it is made."""
-        values_per_token = sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in layers)
-        return values_per_token * page_size * dtype.itemsize
+    @abstractmethod
+    def bytes_per_token_for(layers: Sequence[Any], dtype: torch.dtype) -> int:
+        """Bytes of one token over all layers, to size a pool before it is made."""
+
+    @abstractmethod
+    def _take(self) -> None:
+        """Make the tensors of all layers with `_allocate`."""
+
+    @abstractmethod
+    def _drop(self) -> None:
+        """Let go of them."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token over all layers."""
+        return self.bytes_per_token_for(self.layers, self.dtype)
 
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page over all layers."""
-        return self.bytes_per_page_for(self.layers, self.page_size, self.dtype)
+        return self.bytes_per_token * self.page_size
 
     @property
     def num_bytes(self) -> int:
         """Bytes held now: 0 while released."""
-        return sum(t.nbytes for t in (*self.k_pages, *self.v_pages))
+        return sum(t.nbytes for t in self._tensors)
 
     @property
     def is_released(self) -> bool:
-        return not self.k_pages and bool(self.layers)
+        return not self._tensors and bool(self.layers)
 
     def copy_pages(self, page_copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (source, destination) in every layer, as if one after the other."""
-        for batch in independent_batches(page_copies):
+        for batch in _independent_batches(page_copies):
             sources, destinations = torch.tensor(batch, device=self.device).unbind(1)  # [num_copies] each
-            for pages in (*self.k_pages, *self.v_pages):
-                pages.index_copy_(0, destinations, pages.index_select(0, sources))
+            for tensor in self._tensors:
+                values = tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor  # fp8 has no index ops
+                values.index_copy_(0, destinations, values.index_select(0, sources))
 
     def release(self) -> None:
         """Give the memory back; the contents are lost. The caller must hold no tensor of the pool, and no page."""
-        self.k_pages.clear()
-        self.v_pages.clear()
+        self._tensors.clear()
+        self._drop()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def restore(self) -> None:
         """Take the memory again, with undefined contents; does nothing when it is held."""
-        if self.k_pages:
+        if self._tensors:
             return
-        for layer in self.layers:
-            self.k_pages.append(self._allocate(layer.num_kv_heads, layer.head_dim))
-            self.v_pages.append(self._allocate(layer.num_kv_heads, layer.v_head_dim))
+        try:
+            self._take()
+        except BaseException:  # out of memory, half way
+            self.release()
+            raise
 
-    def _allocate(self, num_kv_heads: int, dim: int) -> torch.Tensor:
-        shape = (self.num_pages, num_kv_heads, self.page_size, dim)
-        pages = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if self.device.type == "cpu" and pages.nbytes >= HUGE_PAGE:
-            ask_for_huge_pages(pages)
-        return pages
+    def _allocate(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[num_pages, *shape] of the pool's dtype or another."""
+        tensor = torch.empty((self.num_pages, *shape), dtype=dtype or self.dtype, device=self.device)
+        if self.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE:
+            _ask_for_huge_pages(tensor)
+        self._tensors.append(tensor)
+        return tensor
 
 
-def independent_batches(page_copies: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+class MHAPool(PagePool):
+    """Paged keys and values of every layer, pages numbered alike in all layers; arguments as `PagePool`'s.
+
+    `k_pages[layer]` is [num_pages, num_kv_heads, page_size, head_dim] and `v_pages[layer]` the same with v_head_dim: a
+    page's head is contiguous, which CPU attention reads up to 38% faster than token-major pages.
+    """
+
+    k_pages: list[torch.Tensor]
+    v_pages: list[torch.Tensor]
+
+    @staticmethod
+    def bytes_per_token_for(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
+        """See `PagePool`."""
+        return sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in layers) * dtype.itemsize
+
+    def _take(self) -> None:
+        size = self.page_size
+        self.k_pages = [self._allocate(layer.num_kv_heads, size, layer.head_dim) for layer in self.layers]
+        self.v_pages = [self._allocate(layer.num_kv_heads, size, layer.v_head_dim) for layer in self.layers]
+
+    def _drop(self) -> None:
+        self.k_pages, self.v_pages = [], []
+
+
+def _independent_batches(page_copies: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
     """Cut a sequence of copies into batches that read all sources before they write, to the same effect."""
     batch: list[tuple[int, int]] = []
     written: set[int] = set()
@@ -133,7 +172,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
-def ask_for_huge_pages(pages: torch.Tensor) -> None:
+def _ask_for_huge_pages(pages: torch.Tensor) -> None:
     """Advise 2 MB pages for memory not touched yet: scattered page reads then miss the TLB far less. Only a hint."""
     madvise = _madvise()
     if madvise is None:

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from hf_accel.kv_cache.mla_pool import FP8, LatentShape, MLAPool
 from hf_accel.kv_cache.pool import LayerShape, MHAPool
 
 LAYERS = [LayerShape(2, 16, 16), LayerShape(1, 24, 8)]
@@ -18,7 +19,7 @@ def test_shapes_and_sizes() -> None:
     assert [tuple(t.shape) for t in pool.v_pages] == [(5, 2, 4, 16), (5, 1, 4, 8)]
     assert all(t.dtype == torch.bfloat16 and t.is_contiguous() for t in (*pool.k_pages, *pool.v_pages))
     assert pool.bytes_per_page == (2 * 32 + 32) * 4 * 2
-    assert pool.bytes_per_page == MHAPool.bytes_per_page_for(LAYERS, 4, torch.bfloat16)
+    assert pool.bytes_per_page == 4 * MHAPool.bytes_per_token_for(LAYERS, torch.bfloat16)
     assert pool.num_bytes == 5 * pool.bytes_per_page
 
 
@@ -82,3 +83,37 @@ def test_copies_in_inference_mode_leave_the_pool_usable() -> None:
         pool.copy_pages([(0, 1), (1, 2)])
     pool.copy_pages([(2, 0)])
     assert torch.equal(pool.k_pages[0][2], pool.k_pages[0][0]) and not pool.k_pages[0].is_inference()
+
+
+def test_a_pool_that_memory_has_no_room_for_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = MHAPool(LAYERS, 5, 4, torch.float32, "cpu")
+    pool.release()
+    room = [2]
+    allocate = torch.empty
+
+    def scarce(*args: object, **kwargs: object) -> torch.Tensor:
+        room[0] -= 1
+        if room[0] < 0:
+            raise RuntimeError("out of memory")
+        return allocate(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pool.restore()
+    assert pool.is_released and pool.num_bytes == 0
+    room[0] = 100
+    pool.restore()
+    assert not pool.is_released and pool.num_bytes == 5 * pool.bytes_per_page
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
+def test_latent_pages_are_copied_with_their_scales(dtype: torch.dtype) -> None:
+    pool = MLAPool([LatentShape(8, 4), LatentShape(6, 2)], 4, 3, dtype, "cpu")
+    tensors = [t for t in (*pool.pages, *pool.scales) if t is not None]
+    for tensor in tensors:
+        tensor.copy_(torch.randn(tensor.shape))
+    before = [t.float().clone() for t in tensors]
+    pool.copy_pages([(0, 2), (2, 1)])
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.float(), old[[0, 0, 0, 3]])
+    assert pool.num_bytes == 4 * pool.bytes_per_page == 4 * 3 * pool.bytes_per_token
