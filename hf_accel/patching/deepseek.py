@@ -57,7 +57,7 @@ class LatentLayers:
 
     Args:
         model: whose; held weakly, and never changed outside a step.
-        packed: keep packed copies for fast CPU products; else the products read the model's own weights.
+        packed: keep copies laid out for streaming; else the products read the model's own weights, a few % slower.
     """
 
     def __init__(self, model: nn.Module, *, packed: bool) -> None:
