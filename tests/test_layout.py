@@ -75,6 +75,16 @@ def test_source_file(path: Path):
             assert length - documentation <= MAX_FUNCTION_LINES, f"{node.name} has {length - documentation} lines"
 
 
+@pytest.mark.parametrize(("library", "home"), [("triton", "triton_ops"), ("flashinfer", "flashinfer")])
+def test_gpu_libraries_are_imported_in_one_place(library: str, home: str):
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(name.split(".")[0] == library for name in names):
+                assert home in str(path), f"{_name(path)} imports {library}"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=_name)
 def test_test_file(path: Path):
     assert path.read_text(encoding="utf-8").count("\n") <= MAX_FILE_LINES

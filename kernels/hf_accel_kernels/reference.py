@@ -60,3 +60,16 @@ def paged_attention(
             weights = torch.softmax(logits, dim=1)[:, : visible.numel()]
             out[starts[seq] + j] = torch.einsum("hn,nhd->hd", weights, values).to(out.dtype)
     return out
+
+
+def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: torch.Tensor | None = None) -> None:
+    """One token at a time; see `token_bitmask.apply_token_bitmask`."""
+    masks = bitmask.tolist()
+    rows = list(range(logits.shape[0])) if mask_rows is None else mask_rows.tolist()
+    for row, mask_row in enumerate(rows):
+        if mask_row < 0:
+            continue
+        for token in range(logits.shape[1]):
+            word = token // 32
+            if word >= len(masks[mask_row]) or not masks[mask_row][word] >> token % 32 & 1:
+                logits[row, token] = -torch.inf
