@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -288,12 +284,3 @@ def test_wrong_weights_are_refused() -> None:
     layer = dataclasses.replace(model.layers[0], o=Linear(torch.randn(72, 90)))
     with pytest.raises(ValueError, match="layer 1: o is"):
         FusedDecoder(model.spec, [model.layers[0], layer], *model.rest)
-
-
-@pytest.mark.slow
-def test_without_avx512(tmp_path: Path) -> None:
-    env = os.environ | {"HF_ACCEL_CPU_ARCH": "x86-64-v3", "HF_ACCEL_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not without_avx512", __file__]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert list(tmp_path.glob("*.so"))

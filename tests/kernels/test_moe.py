@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -241,16 +237,3 @@ def test_bad_arguments_are_refused() -> None:
             moe_experts(*args)
     with pytest.raises(ValueError, match="activation must be one of silu"):
         moe_experts(x, ids, weights, gate_up, down, activation="swish")
-
-
-@needs_library
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["x86-64", "x86-64-v3", "x86-64-v4"])
-def test_other_instruction_sets(arch: str, tmp_path: Path) -> None:
-    if arch == "x86-64-v4" and "avx512bw" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("no AVX512 here")
-    env = os.environ | {"HF_ACCEL_CPU_ARCH": arch, "HF_ACCEL_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not other_instruction_sets", __file__]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert list(tmp_path.glob("*.so"))

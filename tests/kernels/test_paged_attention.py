@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -242,36 +238,3 @@ def test_bad_arguments_are_refused() -> None:
         ops.paged_attention(*case.arguments(), case.scale, out=torch.zeros(1, 4, 31))
     with pytest.raises(ValueError, match="must be"):
         ops.store_kv(case.k, case.v, k_pages, v_pages, torch.zeros(2, dtype=torch.int64))
-
-
-@pytest.mark.skipif("x86" not in os.uname().machine, reason="names an x86 architecture")
-@pytest.mark.parametrize(
-    ("arch", "flag"),
-    [
-        ("x86-64-v3", "avx2"),
-        pytest.param("x86-64", "sse2", marks=pytest.mark.slow),
-        pytest.param("x86-64-v4", "avx512vl", marks=pytest.mark.slow),
-        pytest.param("cooperlake", "avx512_bf16", marks=pytest.mark.slow),
-    ],
-)
-def test_other_architectures(arch: str, flag: str, tmp_path: Path) -> None:
-    """The same source for SSE, AVX2, AVX512 without and with bf16: in a cache of its own, checked in a process of its own."""
-    if f" {flag}" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this processor has no {flag}")
-    selection = "test_head_dims or test_group_sizes or test_window or test_random or test_threads or test_store"
-    environment = {**os.environ, "HF_ACCEL_CPU_ARCH": arch, "HF_ACCEL_CACHE": str(tmp_path)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        f"({selection}) and not attend_torch",
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert len(list(tmp_path.glob("*.so"))) == 1
