@@ -16,6 +16,8 @@ from hf_accel_kernels import reference
 from hf_accel_kernels.cpu import library
 from hf_accel_kernels.testing import PagedCase, make_paged_case
 
+from ..cpp_ops import needs_cpp_ops
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -35,7 +37,7 @@ def run_step(backend: AttentionBackend, case: PagedCase, **options: object) -> t
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["cpu", "torch"])
+@pytest.mark.parametrize("name", [pytest.param("cpu", marks=needs_cpp_ops), "torch"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -86,6 +88,7 @@ def test_torch_decode_batch_matches_reference_on_cpu(monkeypatch: pytest.MonkeyP
         assert not out[2:7].any()
 
 
+@needs_cpp_ops
 def test_auto_takes_the_cpp_op_on_cpu() -> None:
     assert isinstance(select_backend("auto", "cpu", torch.bfloat16), CpuBackend)
     assert isinstance(select_backend("cpu", "cpu", torch.float32), CpuBackend)

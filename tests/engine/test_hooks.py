@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 import hf_accel
 from hf_accel.patching.registry import read_spec
 
+from ..cpp_ops import needs_cpp_ops
 from .patched_calls import CONFIG, LENGTH, PROMPT, tokens
 
 
@@ -85,6 +86,7 @@ def test_patching_fires_no_hook(tiny_llama):
     assert set(map(type, fired)) >= {nn.Linear, LlamaForCausalLM}
 
 
+@needs_cpp_ops
 def test_what_transformers_leaves_after_output_hidden_states_is_no_hook(tiny_llama):
     tiny_llama(PROMPT, output_hidden_states=True)
     assert tiny_llama.model.layers[0]._forward_hooks  # its recorder, asleep

@@ -11,10 +11,11 @@ import torch
 import hf_accel
 from hf_accel.engine import patch as patch_module
 
+from ..cpp_ops import needs_cpp_ops
 from .patched_calls import CONFIG, tokens
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_cpp_ops), False])
 def test_unpatch_gives_the_memory_back(tiny_llama, fused):
     hf_accel.patch(tiny_llama, fused=fused, **CONFIG)
     tokens(tiny_llama)

@@ -13,6 +13,7 @@ from hf_accel import Engine, SamplingParams
 from hf_accel.engine.patch import _patched
 from hf_accel.patching import hooks
 
+from ..cpp_ops import needs_cpp_ops
 from .patched_calls import CONFIG, LENGTH, PROMPT, reasons, tokens
 
 # -- linears that are not plain --
@@ -83,7 +84,7 @@ def torchao_int8(model):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("change", [pack, subclass_weight, subclass_linear, dynamic_int8, torchao_int8])
-@pytest.mark.parametrize("when", ["before", "after", "after, own layers"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=needs_cpp_ops), "after, own layers"])
 def test_linears_that_are_not_plain(tiny_llama, change, when):
     before = tokens(tiny_llama)
     if when != "before":

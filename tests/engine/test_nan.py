@@ -14,6 +14,7 @@ import hf_accel
 from hf_accel import Engine, SamplingParams, UnsupportedModelError
 from hf_accel.engine.sampler import InvalidLogits
 
+from ..cpp_ops import needs_cpp_ops
 from ..patching.configs import left_padded, make_model
 from . import generate_cases as cases
 from .comparison import CONFIG, assert_same, ids, observe
@@ -122,7 +123,7 @@ def test_engine_names_the_request(tiny_llama, assert_idle, fused):
 
 
 @pytest.mark.parametrize("how", ["engine", "greedy", "lockstep", "score"])
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpp_ops), "torch"])
 def test_a_spoilt_prefix_is_not_shared(tiny_llama, backend, how):
     """A chunk that ends in a NaN token leaves NaN in the KV of the tokens before it; other prompts begin with these too."""
     prefix = torch.randint(5, 200, (16,)).tolist()

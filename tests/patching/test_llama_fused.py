@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
-from hf_accel_kernels.cpu import library
 
+from ..cpp_ops import needs_cpp_ops
 from .fused_models import MODELS, PAGE_SIZE, VOCAB, fuse, fused_logits, make
 
-pytestmark = pytest.mark.skipif(library.load()[0] is None, reason=f"no CPU ops: {library.load()[1]}")
+pytestmark = needs_cpp_ops
 
 
 def sequences() -> list[torch.Tensor]:

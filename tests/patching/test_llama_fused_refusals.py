@@ -10,11 +10,11 @@ import transformers
 from torch import nn
 
 from hf_accel.patching.llama import fused_decoder_for
-from hf_accel_kernels.cpu import library
 
+from ..cpp_ops import needs_cpp_ops
 from .fused_models import BASE, PAGE_SIZE, VOCAB, fuse, make
 
-pytestmark = pytest.mark.skipif(library.load()[0] is None, reason=f"no CPU ops: {library.load()[1]}")
+pytestmark = needs_cpp_ops
 
 
 def lora(model: nn.Module) -> None:
