@@ -1,0 +1,153 @@
+"""Nondeterministic automata over bytes: Thompson's construction from a syntax tree, and the subset construction.
+
+An intermediate form: `automaton.compile_node` makes the automaton that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from hf_accel.structured.charset import ByteRange, CharSet
+from hf_accel.structured.syntax import Alt, Chars, Node, Repeat, Seq, StructureError
+
+DEAD = -1
+
+
+class Nfa:
+    """States with edges over byte ranges and free moves.
+
+    Args:
+        spell: byte sequences of a set of characters.
+        max_states: more raise StructureError.
+    """
+
+    def __init__(self, spell: Callable[[CharSet], Iterable[tuple[ByteRange, ...]]], max_states: int) -> None:
+        self._spell = spell
+        self._max_states = max_states
+        self._spelled: dict[CharSet, list[tuple[ByteRange, ...]]] = {}
+        self.edges: list[list[tuple[int, int, int]]] = []  # (first byte, last byte, next state)
+        self.free: list[list[int]] = []
+
+    def state(self) -> int:
+        """A new state."""
+        if len(self.edges) >= self._max_states:
+            raise StructureError(
+                "the constraint unrolls to too many states: use smaller bounds on repetitions and lengths"
+            )
+        self.edges.append([])
+        self.free.append([])
+        return len(self.edges) - 1
+
+    def add(self, node: Node) -> tuple[int, int]:
+        """Add a tree; returns where it starts and where it ends."""
+        if isinstance(node, Chars):
+            return self._add_chars(node.charset)
+        if isinstance(node, Seq):
+            return self._add_seq(node.parts)
+        if isinstance(node, Alt):
+            start, end = self.state(), self.state()
+            for part in node.parts:
+                first, last = self.add(part)
+                self.free[start].append(first)
+                self.free[last].append(end)
+            return start, end
+        return self._add_repeat(node)
+
+    def _add_seq(self, parts: Iterable[Node]) -> tuple[int, int]:
+        start = end = self.state()
+        for part in parts:
+            first, last = self.add(part)
+            self.free[end].append(first)
+            end = last
+        return start, end
+
+    def _add_repeat(self, node: Repeat) -> tuple[int, int]:
+        start, end = self._add_seq([node.part] * node.low)
+        if node.high is None:
+            first, last = self.add(node.part)
+            loop = self.state()
+            self.free[end].append(loop)
+            self.free[loop].append(first)
+            self.free[last].append(loop)
+            return start, loop
+        final = self.state()
+        for _ in range(node.high - node.low):
+            first, last = self.add(node.part)
+            self.free[end] += [final, first]
+            end = last
+        self.free[end].append(final)
+        return start, final
+
+    def _add_chars(self, charset: CharSet) -> tuple[int, int]:
+        sequences = self._spelled.get(charset)
+        if sequences is None:
+            sequences = self._spelled[charset] = list(self._spell(charset))
+        start, end = self.state(), self.state()
+        tails: dict[tuple[ByteRange, ...], int] = {(): end}  # equal endings share their states
+        for sequence in sequences:
+            for cut in range(len(sequence) - 1, 0, -1):
+                if sequence[cut:] not in tails:
+                    tails[sequence[cut:]] = state = self.state()
+                    self.edges[state].append((*sequence[cut], tails[sequence[cut + 1 :]]))
+            self.edges[start].append((*sequence[0], tails[sequence[1:]]))
+        return start, end
+
+    # ---- subset construction -----------------------------------------------------------------------------------
+
+    def determinize(self, start: int, end: int, max_states: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(classes [256], table [num_states, num_classes], accepting [num_states]) of the same language; state 0 starts.
+
+        Raises:
+            StructureError: more than `max_states` states.
+        """
+        classes, num_classes = self._byte_classes()
+        moves = [[(classes[low], classes[high], target) for low, high, target in edges] for edges in self.edges]
+        closures: dict[int, frozenset[int]] = {}
+        first = self._closure(start, end, closures)
+        ids: dict[frozenset[int], int] = {first: 0}
+        todo, table, accepting = [first], [], []
+        for subset in todo:
+            accepting.append(end in subset)
+            targets: dict[int, list[int]] = {}
+            for state in subset:
+                for low, high, target in moves[state]:
+                    for symbol in range(low, high + 1):
+                        targets.setdefault(symbol, []).append(target)
+            row, known = [DEAD] * num_classes, {}
+            for symbol, states in targets.items():
+                key = tuple(states)
+                if key not in known:
+                    union = frozenset().union(*(self._closure(s, end, closures) for s in key))
+                    if union not in ids:
+                        if len(ids) >= max_states:
+                            raise StructureError(
+                                f"the constraint needs more than {max_states} states: make it simpler, or use smaller bounds"
+                            )
+                        ids[union] = len(ids)
+                        todo.append(union)
+                    known[key] = ids[union]
+                row[symbol] = known[key]
+            table.append(row)
+        return np.array(classes), np.array(table, dtype=np.int64), np.array(accepting, dtype=bool)
+
+    def _byte_classes(self) -> tuple[list[int], int]:
+        """Bytes that no edge tells apart are one class; classes are in the order of their bytes."""
+        cuts = sorted(
+            {0, *(low for e in self.edges for low, _, _ in e), *(high + 1 for e in self.edges for _, high, _ in e)}
+        )
+        classes = np.searchsorted(cuts, np.arange(256), side="right") - 1
+        return classes.tolist(), int(classes[-1]) + 1
+
+    def _closure(self, state: int, end: int, known: dict[int, frozenset[int]]) -> frozenset[int]:
+        """States with edges, and the end, that free moves lead to."""
+        if state not in known:
+            seen, todo = {state}, [state]
+            for each in todo:
+                for after in self.free[each]:
+                    if after not in seen:
+                        seen.add(after)
+                        todo.append(after)
+            known[state] = frozenset(s for s in seen if self.edges[s] or s == end)
+        return known[state]
