@@ -5,7 +5,8 @@ Owns what a syntax tree means: sets of byte strings, characters spelled in UTF-8
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from hf_accel.structured.charset import ByteRange, CharSet
 from hf_accel.structured.nfa import DEAD, Nfa
-from hf_accel.structured.syntax import Node, StructureError
+from hf_accel.structured.syntax import Fragment, Node, StructureError
 
 MAX_STATES = 50_000
 
@@ -48,6 +49,14 @@ class ByteDfa:
         """[num_states, 256] int32: the next state by byte."""
         return np.ascontiguousarray(self.table[:, self.classes])
 
+    @cached_property
+    def fragment(self) -> Fragment:
+        """This automaton as a part of a syntax tree: `Language(dfa.fragment)`."""
+        return Fragment(
+            tuple(tuple(_runs(row)) for row in self.bytes_table.tolist()),
+            tuple(np.flatnonzero(self.accepting).tolist()),
+        )
+
     def walk(self, data: bytes, state: int = 0) -> int:
         """The state after `data`, or DEAD."""
         for byte in data:
@@ -79,16 +88,30 @@ def compile_node(node: Node, *, spell: Spelling = CharSet.byte_sequences, max_st
 
     Args:
         node: the tree.
-        spell: byte sequences of a set of characters; UTF-8 by default.
+        spell: byte sequences of a set of characters, UTF-8 by default; a function that lives as long as the process.
         max_states: of the automaton before it is minimised.
 
     Raises:
         StructureError: it has more states.
     """
-    nfa = Nfa(spell, max_states=16 * max_states)
-    start, end = nfa.add(node)
-    classes, table, accepting = nfa.determinize(start, end, max_states)
-    return minimal(classes, table, accepting)
+    nfa = Nfa(lambda charset: _spelled(spell, charset), max_states=16 * max_states)
+    return minimal(*nfa.determinize(*nfa.add(node), max_states))
+
+
+@functools.lru_cache(maxsize=1024)
+def _spelled(spell: Spelling, charset: CharSet) -> Fragment:
+    nfa = Nfa(lambda _: Fragment((), ()), MAX_STATES)
+    return minimal(*nfa.determinize(*nfa.add_sequences(spell(charset)), MAX_STATES)).fragment
+
+
+def _runs(row: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first byte, last byte, next state) of bytes in a row that lead to the same state."""
+    first = 0
+    for byte in range(1, 257):
+        if byte == 256 or row[byte] != row[first]:
+            if row[first] != DEAD:
+                yield first, byte - 1, row[first]
+            first = byte
 
 
 def minimal(classes: np.ndarray, table: np.ndarray, accepting: np.ndarray) -> ByteDfa:

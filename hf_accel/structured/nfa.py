@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from hf_accel.structured.charset import ByteRange, CharSet
-from hf_accel.structured.syntax import Alt, Chars, Node, Repeat, Seq, StructureError
+from hf_accel.structured.syntax import Alt, Chars, Fragment, Language, Node, Repeat, Seq, StructureError
 
 DEAD = -1
 
@@ -19,14 +19,13 @@ class Nfa:
     """States with edges over byte ranges and free moves.
 
     Args:
-        spell: byte sequences of a set of characters.
+        fragment_of: how a set of characters is spelled.
         max_states: more raise StructureError.
     """
 
-    def __init__(self, spell: Callable[[CharSet], Iterable[tuple[ByteRange, ...]]], max_states: int) -> None:
-        self._spell = spell
+    def __init__(self, fragment_of: Callable[[CharSet], Fragment], max_states: int) -> None:
+        self._fragment_of = fragment_of
         self._max_states = max_states
-        self._spelled: dict[CharSet, list[tuple[ByteRange, ...]]] = {}
         self.edges: list[list[tuple[int, int, int]]] = []  # (first byte, last byte, next state)
         self.free: list[list[int]] = []
 
@@ -43,7 +42,9 @@ class Nfa:
     def add(self, node: Node) -> tuple[int, int]:
         """Add a tree; returns where it starts and where it ends."""
         if isinstance(node, Chars):
-            return self._add_chars(node.charset)
+            return self.add_fragment(self._fragment_of(node.charset))
+        if isinstance(node, Language):
+            return self.add_fragment(node.fragment)
         if isinstance(node, Seq):
             return self._add_seq(node.parts)
         if isinstance(node, Alt):
@@ -80,10 +81,18 @@ class Nfa:
         self.free[end].append(final)
         return start, final
 
-    def _add_chars(self, charset: CharSet) -> tuple[int, int]:
-        sequences = self._spelled.get(charset)
-        if sequences is None:
-            sequences = self._spelled[charset] = list(self._spell(charset))
+    def add_fragment(self, fragment: Fragment) -> tuple[int, int]:
+        """Add a copy of a deterministic automaton."""
+        first = len(self.edges)
+        for edges in fragment.edges:
+            self.edges[self.state()] = [(low, high, first + target) for low, high, target in edges]
+        end = self.state()
+        for state in fragment.accepting:
+            self.free[first + state].append(end)
+        return first, end
+
+    def add_sequences(self, sequences: Iterable[tuple[ByteRange, ...]]) -> tuple[int, int]:
+        """Add byte sequences as alternatives."""
         start, end = self.state(), self.state()
         tails: dict[tuple[ByteRange, ...], int] = {(): end}  # equal endings share their states
         for sequence in sequences:

@@ -44,7 +44,27 @@ class Repeat:
     high: int | None
 
 
-Node = Chars | Seq | Alt | Repeat
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """A deterministic automaton as a part of others; state 0 is where it starts.
+
+    Attributes:
+        edges: of each state, (first byte, last byte, next state).
+        accepting: states.
+    """
+
+    edges: tuple[tuple[tuple[int, int, int], ...], ...]
+    accepting: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Language:
+    """The byte strings that a compiled automaton accepts."""
+
+    fragment: Fragment
+
+
+Node = Chars | Seq | Alt | Repeat | Language
 
 EMPTY = Seq(())
 NOTHING = Alt(())

@@ -9,7 +9,7 @@ import pytest
 
 from hf_accel.structured.automaton import DEAD, ByteDfa, compile_node
 from hf_accel.structured.regex import parse_regex
-from hf_accel.structured.syntax import NOTHING
+from hf_accel.structured.syntax import NOTHING, Language, Repeat, Seq, text
 
 PAIRS = [("a*b", "(ab|b)*"), ("[ab]{0,3}", "a.*"), (".*", "é+|a"), ("a", "b"), ("", "a?")]
 TEXTS = ["".join(t).encode() for n in range(5) for t in itertools.product("abé", repeat=n)]
@@ -60,3 +60,11 @@ def test_bytes_table_is_the_same_map():
     dfa = dfa_of("é+|[a-c]x")
     for state, byte in itertools.product(range(dfa.num_states), range(256)):
         assert dfa.bytes_table[state, byte] == dfa.walk(bytes([byte]), state)
+
+
+def test_a_compiled_language_is_a_part_like_any_other():
+    inner = dfa_of("(ab|c)+")
+    embedded = compile_node(Seq((text("x"), Repeat(Language(inner.fragment), 0, 2), text("c"))))
+    same = dfa_of("x((ab|c)+){0,2}c")
+    assert (embedded - same).is_empty and (same - embedded).is_empty
+    assert embedded.num_states == same.num_states
