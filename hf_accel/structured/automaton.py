@@ -6,7 +6,7 @@ Owns what a syntax tree means: sets of byte strings, characters spelled in UTF-8
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -112,6 +112,17 @@ def _runs(row: list[int]) -> Iterator[tuple[int, int, int]]:
             if row[first] != DEAD:
                 yield first, byte - 1, row[first]
             first = byte
+
+
+def minimal_of_rows(rows: Sequence[Mapping[int, int]], accepting: Collection[int], start: int) -> ByteDfa:
+    """The minimal automaton of states given as byte -> next state."""
+    order = [start, *(s for s in range(len(rows)) if s != start)]
+    new_id = {state: i for i, state in enumerate(order)}
+    table = np.full((len(rows), 256), DEAD, dtype=np.int64)
+    for state, row in enumerate(rows):
+        for byte, target in row.items():
+            table[new_id[state], byte] = new_id[target]
+    return minimal(np.arange(256), table, np.array([state in accepting for state in order]))
 
 
 def minimal(classes: np.ndarray, table: np.ndarray, accepting: np.ndarray) -> ByteDfa:

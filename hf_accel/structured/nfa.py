@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from hf_accel.structured.charset import ByteRange, CharSet
-from hf_accel.structured.syntax import Alt, Chars, Fragment, Language, Node, Repeat, Seq, StructureError
+from hf_accel.structured.syntax import Alt, Chars, Fragment, Language, Members, Node, Repeat, Seq, StructureError
 
 DEAD = -1
 
@@ -54,7 +54,35 @@ class Nfa:
                 self.free[start].append(first)
                 self.free[last].append(end)
             return start, end
+        if isinstance(node, Members):
+            return self._add_members(node)
         return self._add_repeat(node)
+
+    def _add_members(self, node: Members) -> tuple[int, int]:
+        """A state for "nothing so far" and one for "something so far" after each member; every part is added once."""
+        nothing, something = self.state(), self.state()
+        start = nothing
+        for member in node.members:
+            first, last = self.add(member.part)
+            after_nothing, after_something = self.state(), self.state()
+            self.free[nothing].append(first)
+            self._add_separator(node.separator, something, first)
+            self.free[last].append(after_something)
+            if member.optional:
+                self.free[nothing].append(after_nothing)
+                self.free[something].append(after_something)
+            if member.repeated:
+                self._add_separator(node.separator, last, first)
+            nothing, something = after_nothing, after_something
+        end = self.state()
+        self.free[nothing].append(end)
+        self.free[something].append(end)
+        return start, end
+
+    def _add_separator(self, separator: Node, before: int, after: int) -> None:
+        first, last = self.add(separator)
+        self.free[before].append(first)
+        self.free[last].append(after)
 
     def _add_seq(self, parts: Iterable[Node]) -> tuple[int, int]:
         start = end = self.state()

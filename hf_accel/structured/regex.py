@@ -8,14 +8,18 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_accel.structured.charset import ANY_CHAR, LAST_CODE_POINT, CharSet
-from hf_accel.structured.syntax import EMPTY, Alt, Chars, Node, Repeat, Seq, StructureError
+from hf_accel.structured.syntax import EMPTY, NOTHING, Alt, Chars, Node, Repeat, Seq, StructureError
 
 _parser: Any = re._parser  # type: ignore[attr-defined]
 _compiler: Any = re._compiler  # type: ignore[attr-defined]
+
+_ECMA_SPACE = CharSet.of_chars("\t\n\v\f\r \u00a0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff") | CharSet.of(
+    [(0x2000, 0x200A)]
+)
 
 _STARTS = ("AT_BEGINNING", "AT_BEGINNING_STRING")
 _ENDS = ("AT_END", "AT_END_STRING")
@@ -44,6 +48,24 @@ def parse_regex(pattern: str) -> Node:
         StructureError: the pattern is no regular expression, or uses what no finite automaton can (or we do not) decide:
             lookaround, backreferences, conditionals, atomic groups, possessive repetition, `\\b`, anchors in the middle.
     """
+    data, flags = _parsed(pattern)
+    return _Translator(pattern).sequence(data, flags, at_start=True, at_end=True)
+
+
+def parse_search(pattern: str) -> Node:
+    """The texts in which the pattern is found somewhere, as JSON Schema's `pattern` has it.
+
+    Where ECMAScript and Python differ (the members of `\\d`, `\\w` and `\\s`) only what matches in both is let through.
+
+    Raises:
+        StructureError: as `parse_regex`.
+    """
+    data, flags = _parsed(pattern)
+    node = _Translator(pattern, searching=True).sequence(data, flags, at_start=True, at_end=True)
+    return _unanchored(_unanchored(node, _START, 0), _END, -1)
+
+
+def _parsed(pattern: str) -> tuple[Any, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -52,22 +74,56 @@ def parse_regex(pattern: str) -> Node:
         raise StructureError(f"not a regular expression: {error} in {pattern!r}") from None
     except (OverflowError, RecursionError) as error:
         raise StructureError(f"the regular expression is too large: {error}") from None
-    return _Translator(pattern).sequence(parsed.data, parsed.state.flags, at_start=True, at_end=True)
+    return parsed.data, parsed.state.flags
+
+
+_START, _END = Seq((NOTHING, EMPTY)), Seq((EMPTY, NOTHING))  # stand for anchors; no pattern translates to these
+_ANYTHING = Repeat(Chars(ANY_CHAR), 0, None)
+
+
+def _unanchored(node: Node, anchor: Node, side: int) -> Node:
+    """Let anything stand before (side 0) or after (side -1) the tree, but not where an anchor stands there; drops these."""
+    if node == anchor:
+        return EMPTY
+    if isinstance(node, Alt):
+        return Alt(tuple(_unanchored(part, anchor, side) for part in node.parts))
+    if isinstance(node, Repeat) and _has(node, anchor):  # (^a)?: its low and high are 0 or 1 and 1
+        once = _unanchored(node.part, anchor, side)
+        return once if node.low else Alt((once, _ANYTHING))
+    if isinstance(node, Seq) and node.parts and _has(node.parts[side], anchor):
+        if side == 0:
+            return Seq((_unanchored(node.parts[0], anchor, side), *node.parts[1:]))
+        return Seq((*node.parts[:-1], _unanchored(node.parts[-1], anchor, side)))
+    return Seq((_ANYTHING, node)) if side == 0 else Seq((node, _ANYTHING))
+
+
+def _has(node: Node, anchor: Node) -> bool:
+    if isinstance(node, (Seq, Alt)):
+        return node == anchor or any(_has(part, anchor) for part in node.parts)
+    return isinstance(node, Repeat) and _has(node.part, anchor)
 
 
 class _Translator:
-    """Walks Python's parse tree; `at_start` and `at_end` say whether an anchor there would hold by itself."""
+    """Walks Python's parse tree; `at_start` and `at_end` say whether an anchor there would hold by itself.
 
-    def __init__(self, pattern: str) -> None:
+    Args:
+        pattern: for messages.
+        searching: keep anchors as `_START` and `_END`, and take character classes narrowly.
+    """
+
+    def __init__(self, pattern: str, searching: bool = False) -> None:
         self.pattern = pattern
+        self.searching = searching
 
     def sequence(self, items: Sequence[tuple[Any, Any]], flags: int, at_start: bool, at_end: bool) -> Node:
         parts = []
         for index, (op, value) in enumerate(items):
-            first = at_start and all(_is_empty(part) for part in parts)
+            first = at_start and all(_is_empty(part) or part == _START for part in parts)
             last = at_end and all(_is_anchor(op, _ENDS) for op in items[index + 1 :])
             parts.append(self.item(str(op), value, flags, first, last))
-        kept = tuple(part for part in parts if not _is_empty(part))
+        kept = tuple(
+            p for i, p in enumerate(parts) if not _is_empty(p) and not (p in (_START, _END) and p in parts[:i])
+        )
         return kept[0] if len(kept) == 1 else Seq(kept)
 
     def item(self, op: str, value: Any, flags: int, at_start: bool, at_end: bool) -> Node:
@@ -88,13 +144,18 @@ class _Translator:
         raise self.refusal(_REFUSED.get(op, f"the construct {op}"))
 
     def anchor(self, kind: str, at_start: bool, at_end: bool) -> Node:
-        if (kind in _STARTS and at_start) or (kind in _ENDS and at_end):
-            return EMPTY
+        if kind in _STARTS and at_start:
+            return _START if self.searching else EMPTY
+        if kind in _ENDS and at_end:
+            return _END if self.searching else EMPTY
         if kind in _STARTS + _ENDS:
             raise self.refusal("an anchor (^ or $) in the middle")
         raise self.refusal(r"a word boundary (\b or \B)")
 
     def charset(self, op: str, value: Any, flags: int) -> CharSet:
+        if self.searching and op == "IN":
+            narrow = _members(value, self.category)
+            return narrow if not flags & re.IGNORECASE else narrow & _asked(_freeze((op, value)), flags & re.IGNORECASE)
         if flags & re.IGNORECASE or (flags & re.ASCII and op == "IN"):
             return _asked(_freeze((op, value)), flags & (re.IGNORECASE | re.ASCII | re.DOTALL | re.UNICODE))
         if op == "LITERAL":
@@ -103,18 +164,17 @@ class _Translator:
             return ~CharSet.of([(value, value)])
         if op == "ANY":
             return ANY_CHAR if flags & re.DOTALL else ~CharSet.of_chars("\n")
-        members, negated = CharSet(()), False
-        for kind, argument in value:
-            name = str(kind)
-            if name == "NEGATE":
-                negated = True
-            elif name == "LITERAL":
-                members |= CharSet.of([(argument, argument)])
-            elif name == "RANGE":
-                members |= CharSet.of([argument])
-            else:
-                members |= _category(str(argument))
-        return ~members if negated else members
+        return _members(value, lambda name, _: _category(name))
+
+    def category(self, name: str, negated: bool) -> CharSet:
+        """A class as both ECMAScript and Python have it; inside a negated set, as either of them has it."""
+        ours, narrow = _category(name), CharSet.of([(0, 127)])
+        wide = "NOT" in name
+        if name in ("CATEGORY_SPACE", "CATEGORY_NOT_SPACE"):
+            theirs = _ECMA_SPACE if name == "CATEGORY_SPACE" else ~_ECMA_SPACE
+        else:
+            theirs = ours | ~narrow if wide else ours & narrow
+        return ours | theirs if negated else ours & theirs
 
     def refusal(self, construct: str) -> StructureError:
         return StructureError(
@@ -128,6 +188,21 @@ def _is_empty(node: Node) -> bool:
 
 def _is_anchor(item: tuple[Any, Any], kinds: Sequence[str]) -> bool:
     return str(item[0]) == "AT" and str(item[1]) in kinds
+
+
+def _members(value: Any, category: Callable[[str, bool], CharSet]) -> CharSet:
+    """The set that a bracket expression names."""
+    negated = any(str(kind) == "NEGATE" for kind, _ in value)
+    members = CharSet(())
+    for kind, argument in value:
+        name = str(kind)
+        if name == "LITERAL":
+            members |= CharSet.of([(argument, argument)])
+        elif name == "RANGE":
+            members |= CharSet.of([argument])
+        elif name == "CATEGORY":
+            members |= category(str(argument), negated)
+    return ~members if negated else members
 
 
 def _freeze(value: Any) -> Any:

@@ -64,7 +64,24 @@ class Language:
     fragment: Fragment
 
 
-Node = Chars | Seq | Alt | Repeat | Language
+@dataclass(frozen=True)
+class Member:
+    """One part of a `Members`: may be left out, may come several times in a row."""
+
+    part: Node
+    optional: bool = False
+    repeated: bool = False
+
+
+@dataclass(frozen=True)
+class Members:
+    """Parts in their order with a separator between any two that are there."""
+
+    members: tuple[Member, ...]
+    separator: Node
+
+
+Node = Chars | Seq | Alt | Repeat | Language | Members
 
 EMPTY = Seq(())
 NOTHING = Alt(())

@@ -42,11 +42,11 @@ def test_minimal_and_alive(pattern):
 def test_set_operations(first, second):
     a, b = dfa_of(first), dfa_of(second)
     both, either, only_a = a & b, a | b, a - b
-    for text in TEXTS:
-        in_a, in_b = a.accepts(text), b.accepts(text)
-        assert both.accepts(text) == (in_a and in_b)
-        assert either.accepts(text) == (in_a or in_b)
-        assert only_a.accepts(text) == (in_a and not in_b)
+    for data in TEXTS:
+        in_a, in_b = a.accepts(data), b.accepts(data)
+        assert both.accepts(data) == (in_a and in_b)
+        assert either.accepts(data) == (in_a or in_b)
+        assert only_a.accepts(data) == (in_a and not in_b)
 
 
 def test_nothing():
