@@ -32,12 +32,15 @@ class Nfa:
     def state(self) -> int:
         """A new state."""
         if len(self.edges) >= self._max_states:
-            raise StructureError(
-                "the constraint unrolls to too many states: use smaller bounds on repetitions and lengths"
-            )
+            raise self._too_large()
         self.edges.append([])
         self.free.append([])
         return len(self.edges) - 1
+
+    def _too_large(self) -> StructureError:
+        return StructureError(
+            "the constraint unrolls to too many states: use smaller bounds on repetitions and lengths"
+        )
 
     def add(self, node: Node) -> tuple[int, int]:
         """Add a tree; returns where it starts and where it ends."""
@@ -93,6 +96,8 @@ class Nfa:
         return start, end
 
     def _add_repeat(self, node: Repeat) -> tuple[int, int]:
+        if max(node.low, node.high or 0) > self._max_states:
+            raise self._too_large()
         start, end = self._add_seq([node.part] * node.low)
         if node.high is None:
             first, last = self.add(node.part)
