@@ -1,0 +1,165 @@
+"""What a user may ask of an output, as one kind of object: a pattern, a JSON Schema, a choice, or any JSON object.
+
+Owns the reading of the forms in which people give these (dicts, JSON text, pydantic models, dataclasses, typed dicts, terms of
+outlines). Compiles to byte automata; knows no vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_accel.structured.automaton import ByteDfa, compile_node
+from hf_accel.structured.json_schema import compile_json_schema
+from hf_accel.structured.regex import parse_regex
+from hf_accel.structured.syntax import Alt, StructureError, text
+
+WHITESPACE = " ?"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A set of texts.
+
+    Attributes:
+        kind: "regex", "json_schema" or "choice".
+        value: the pattern, the schema's JSON text, or the JSON list of choices.
+        whitespace: for schemas, pattern of what may stand after commas and colons.
+    """
+
+    kind: str
+    value: str
+    whitespace: str = WHITESPACE
+
+    @classmethod
+    def regex(cls, pattern: str) -> Constraint:
+        """Texts that `re.fullmatch(pattern, text)` matches."""
+        if not isinstance(pattern, str):
+            raise StructureError(f"a pattern must be a string, not {type(pattern).__name__}")
+        return cls("regex", pattern)
+
+    @classmethod
+    def json_schema(cls, schema: Any, whitespace: str = WHITESPACE) -> Constraint:
+        """JSON texts that a schema allows: a dict, JSON text, pydantic model, dataclass, TypedDict, or a type of values."""
+        return cls("json_schema", json.dumps(schema_of(schema)), whitespace)
+
+    @classmethod
+    def json_object(cls, whitespace: str = WHITESPACE) -> Constraint:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"}, whitespace)
+
+    @classmethod
+    def choice(cls, choices: Sequence[str] | type[enum.Enum]) -> Constraint:
+        """One of some texts."""
+        values = [m.value for m in choices] if isinstance(choices, type) else list(choices)
+        if isinstance(choices, str) or not values or not all(isinstance(v, str) for v in values):
+            raise StructureError("a choice needs a list of at least one string")
+        return cls("choice", json.dumps(values))
+
+    @property
+    def digest(self) -> str:
+        """Equal for constraints that allow the same texts for the same reason."""
+        return hashlib.sha256(json.dumps([self.kind, self.value, self.whitespace]).encode()).hexdigest()
+
+    def compile(self) -> ByteDfa:
+        """The automaton.
+
+        Raises:
+            StructureError: it is not supported, too large, or allows nothing.
+        """
+        dfa = _compiled(self)
+        if dfa.is_empty:
+            raise StructureError(f"the {self.kind} {self.value!r} matches no text at all")
+        return dfa
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(constraint: Constraint) -> ByteDfa:
+    if constraint.kind == "regex":
+        return compile_node(parse_regex(constraint.value))
+    if constraint.kind == "choice":
+        return compile_node(Alt(tuple(map(text, json.loads(constraint.value)))))
+    return compile_json_schema(constraint.value, whitespace=constraint.whitespace)
+
+
+def schema_of(source: Any) -> Any:
+    """The JSON Schema of what a user gave; see `Constraint.json_schema`.
+
+    Raises:
+        StructureError: nothing is known that has a schema.
+    """
+    if isinstance(source, (dict, bool)):
+        return source
+    if isinstance(source, str):
+        try:
+            return json.loads(source)
+        except json.JSONDecodeError as error:
+            raise StructureError(f"the schema is no JSON: {error}") from None
+    if hasattr(source, "model_json_schema"):  # pydantic
+        return _closed(source.model_json_schema())
+    return _schema_of_type(source)
+
+
+def _closed(schema: Any) -> Any:
+    """Objects of declared fields without others, unless the model says so."""
+    if isinstance(schema, list):
+        return [_closed(s) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {k: _closed(v) for k, v in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+_SCALARS = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", None: "null"}
+
+
+def _schema_of_type(source: Any) -> Any:
+    if source is Any:
+        return True
+    if source in _SCALARS if isinstance(source, type) or source is None else False:
+        return {"type": _SCALARS[source]}
+    origin, arguments = typing.get_origin(source), typing.get_args(source)
+    if origin is typing.Literal:
+        return {"enum": list(arguments)}
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [_schema_of_type(a) for a in arguments]}
+    if source is list or origin is list:
+        return {"type": "array", **({"items": _schema_of_type(arguments[0])} if arguments else {})}
+    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+        items = [_schema_of_type(a) for a in arguments]
+        return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)}
+    if source is dict or origin is dict:
+        return {"type": "object", **({"additionalProperties": _schema_of_type(arguments[1])} if arguments else {})}
+    if isinstance(source, type) and issubclass(source, enum.Enum):
+        return {"enum": [member.value for member in source]}
+    if dataclasses.is_dataclass(source):
+        fields = dataclasses.fields(source)
+        required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+        return _schema_of_fields(typing.get_type_hints(source), required)
+    if typing.is_typeddict(source):
+        marks = {
+            name: typing.get_origin(hint) for name, hint in typing.get_type_hints(source, include_extras=True).items()
+        }
+        optional = (
+            typing.NotRequired if source.__total__ else None
+        )  # __required_keys__ misses annotations that are strings
+        required = [n for n, mark in marks.items() if mark is typing.Required or (optional and mark is not optional)]
+        return _schema_of_fields(typing.get_type_hints(source), required)
+    raise StructureError(
+        f"no JSON Schema is known of {source!r}: give a schema, a pydantic model, a dataclass or a TypedDict"
+    )
+
+
+def _schema_of_fields(hints: dict[str, Any], required: list[str]) -> Any:
+    properties = {name: _schema_of_type(hint) for name, hint in hints.items()}
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
