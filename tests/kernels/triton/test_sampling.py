@@ -121,7 +121,7 @@ KINDS = [uneven, tied, flat, clustered, sparse, around_zero]
 )
 def test_kernel_keeps_and_draws_what_the_oracle_does(vocab_size, dtype, config, device):
     num_compared = 0
-    batches = [make_batch(vocab_size, KINDS, seed, dtype) for seed in range(2)]
+    batches = [make_batch(vocab_size, KINDS, vocab_size + seed, dtype) for seed in range(2)]
     for batch in batches:
         result = run(batch, device, config)
         assert result.valid.all()
@@ -183,6 +183,16 @@ def test_oracle_keeps_what_hf_keeps(vocab_size, monkeypatch):
             assert (scores[0] > -torch.inf).nonzero()[:, 0].tolist() == kept
             num_compared += 1
     assert num_compared > 90
+
+
+def test_the_edge_of_top_k_is_the_very_quotient(device):
+    """Rounded otherwise, scores would tie that do not, or the other way round."""
+    num_rows, k = 12, 5
+    settings = [torch.full((num_rows,), k, dtype=torch.int32), torch.ones(num_rows), torch.zeros(num_rows)]
+    temperature, uniform = torch.rand(num_rows) + 0.3, torch.rand(num_rows, dtype=torch.float64)
+    batch = Batch(torch.randn(num_rows, 90), temperature, *settings, uniform)
+    quotients = batch.logits / temperature[:, None]
+    assert torch.equal(run(batch, device).edge_scores, quotients.sort(dim=-1, descending=True).values[:, k - 1])
 
 
 def test_a_row_does_not_depend_on_the_batch(device):
