@@ -93,7 +93,7 @@ def sample(
     launch(
         choose_kernel, (num_rows,), logits, temperature, top_k, top_p, min_p, uniform, *masks, listed, num_listed, highest,
         total, lowest_key, goal, result.token_ids, result.valid, result.edge_scores, result.edge_tokens, logits.stride(0),
-        num_groups, vocab_size, **has, GROUP=config.group, AT_ONCE=config.groups_at_once, num_warps=8,
+        num_groups, vocab_size, **has, GROUP=config.group, AT_ONCE=config.groups_at_once, num_warps=16,
     )  # fmt: skip
     return result
 

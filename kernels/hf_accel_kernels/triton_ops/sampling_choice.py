@@ -189,21 +189,21 @@ def _measure(
     HAS_MASK: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """A sum over all listed groups, float64; `scores` and `tokens` are the first of them."""
-    result = _measure_some(KIND, value, first, scores, tokens, highest)
-    for start in range(AT_ONCE, source[1], AT_ONCE):
+    summands = _summands(KIND, value, first, scores, tokens, highest)
+    for start in range(AT_ONCE, source[1], AT_ONCE):  # added up in place: nothing to wait for between loads
         more_scores, more_tokens = _load_listed(source, start, HAS_MASK, GROUP, AT_ONCE)
-        result += _measure_some(KIND, value, first, more_scores, more_tokens, highest)
-    return result
+        summands += _summands(KIND, value, first, more_scores, more_tokens, highest)
+    return tl.sum(summands).to(tl.float64)
 
 
 @triton.jit
-def _measure_some(KIND: tl.constexpr, value, first, scores, tokens, highest):
+def _summands(KIND: tl.constexpr, value, first, scores, tokens, highest):
+    """float32, in which numbers of tokens are exact too."""
     if KIND == _AT_LEAST:
-        summands = (scores >= value).to(tl.int32)
+        return (scores >= value).to(tl.float32)
     elif KIND == _WEIGHT_AT_LEAST:
-        summands = tl.where(scores >= value, tl.exp(scores - highest), 0.0)
+        return tl.where(scores >= value, tl.exp(scores - highest), 0.0)
     elif KIND == _WEIGHT_ABOVE:
-        summands = tl.where(scores > value, tl.exp(scores - highest), 0.0)
+        return tl.where(scores > value, tl.exp(scores - highest), 0.0)
     else:
-        summands = ((scores == value) & (tokens >= first)).to(tl.int32)
-    return tl.sum(summands).to(tl.float64)
+        return ((scores == value) & (tokens >= first)).to(tl.float32)
