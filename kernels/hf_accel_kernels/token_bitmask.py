@@ -19,7 +19,7 @@ def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: 
         logits: [num_rows, vocab_size], float32, bfloat16 or float16, last axis dense; written.
         bitmask: [num_masks, num_words] int32, contiguous: bit i % 32 of word i // 32 allows token i. Tokens past the last
             word are forbidden.
-        mask_rows: [num_rows] int32, the mask of each row of logits, negative for none; None: row i obeys mask i.
+        mask_rows: [num_rows] int32, contiguous, the mask of each row of logits, negative for none; None: row i obeys mask i.
 
     Raises:
         ValueError: shapes, dtypes or layouts disagree.
@@ -44,8 +44,10 @@ def check_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: 
     if mask_rows is None:
         if bitmask.shape[0] != logits.shape[0]:
             raise ValueError(f"{bitmask.shape[0]} masks for {logits.shape[0]} rows of logits: name them by mask_rows")
-    elif mask_rows.shape != (logits.shape[0],) or mask_rows.dtype != torch.int32:
-        raise ValueError(f"mask_rows must be int32 [{logits.shape[0]}], got {tuple(mask_rows.shape)} {mask_rows.dtype}")
+    elif mask_rows.shape != logits.shape[:1] or mask_rows.dtype != torch.int32 or not mask_rows.is_contiguous():
+        raise ValueError(
+            f"mask_rows must be contiguous int32 [{logits.shape[0]}], got {tuple(mask_rows.shape)} {mask_rows.dtype}"
+        )
 
 
 def _apply_in_torch(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: torch.Tensor | None) -> None:

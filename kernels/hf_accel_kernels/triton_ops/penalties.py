@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .launch import launch
 
-BLOCK = 2048  # logits of a program
+BLOCK = 1024  # logits of a program
 NUM_IDS = 128  # token ids of a program
 
 _MOST = tl.constexpr(0x7FFF)  # `penalties.MOST`

@@ -1,10 +1,12 @@
 """Sampling as Triton kernels: the vocabulary is read once by blocks, then what may be chosen is searched. See `sampling.py`.
 
-No sort. 1: every block of a row gives the highest score and the weight of each group of 32 tokens. 2: one program for a row
-finds a score that the filters' edge cannot be below, and lists the groups that reach it (or, with no filter, the one group in
-which the number falls). 3: one program for a row bisects the edge of top-k, then of top-p, over the listed groups, in the
-integers that are ordered as floats are, and walks the distribution. Work of 2 and 3 does not depend on the vocabulary's size
-but for 2's reading of the groups; nothing depends on the number of rows, so a row's result does not either.
+No sort. 1: every block of a row gives the highest score and the weight of each group of 32 tokens; blocks fill the chip at one
+row too. 2: one program for a row finds a score that the filters' edge cannot be below, from what is known of the groups, and
+lists the groups that reach it (or, with no filter, the one group in which the number falls). 3: one program for a row bisects
+the edge of top-k, then of top-p, over the listed groups, in the integers that are ordered as floats are, and walks the
+distribution. The logits come from memory once, and the listed groups again: about top_k of them, or as many as the tokens
+that top-p keeps. A row so flat that top-p keeps most of it has most groups listed, and is read for each step of the bisection.
+How a row is divided does not depend on the number of rows, so its result does not either.
 """
 
 from __future__ import annotations

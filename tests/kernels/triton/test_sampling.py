@@ -114,7 +114,7 @@ KINDS = [uneven, tied, flat, clustered, sparse, around_zero]
     ("vocab_size", "dtype", "config"),
     [
         (37, torch.float32, SMALL),
-        (300, torch.float32, SMALL),
+        (230, torch.float32, SMALL),
         (201, torch.bfloat16, SMALL),
         (5003, torch.float32, kernel.DEFAULT),
     ],
@@ -225,10 +225,9 @@ def test_invalid_rows_and_greedy_ones_beside_others(device):
         assert result.token_ids[8] == token_ids[8]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masks_act_before_everything(dtype, device):
+def test_masks_act_before_everything(device):
     vocab_size, num_words = 300, 9  # tokens from 288 on have no word: forbidden
-    batch = make_batch(vocab_size, KINDS, seed=11, dtype=dtype)
+    batch = make_batch(vocab_size, KINDS, seed=11, dtype=torch.bfloat16)
     batch.temperature[2] = 0.0
     bitmask = torch.randint(-(1 << 31), 1 << 31, (3, num_words)).to(torch.int32)
     bitmask[:, 0] |= 1 << 5
