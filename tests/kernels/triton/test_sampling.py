@@ -185,6 +185,21 @@ def test_oracle_keeps_what_hf_keeps(vocab_size, monkeypatch):
     assert num_compared > 90
 
 
+def test_top_k_before_each_other_filter(device):
+    """What the later filters need is listed, whatever the earlier ones drop."""
+    settings = [
+        (k, p, m) for k in (2, 3, 8, 40) for p, m in ((1.0, 0.0), (0.7, 0.0), (0.6, 0.3), (0.4, 0.5), (1.0, 0.2))
+    ]
+    top_k, top_p, min_p = (torch.tensor(x) for x in zip(*settings))
+    num_rows = len(settings)
+    uniform = torch.rand(num_rows, dtype=torch.float64)
+    batch = Batch(torch.randn(num_rows, 90) * 1.5, torch.ones(num_rows), top_k.int(), top_p, min_p, uniform)
+    result = run(batch, device)
+    for row, (k, p, m) in enumerate(settings):
+        kept, nearest = reference.kept_tokens(batch.scores(row), k, p, m)
+        assert nearest < ROUNDING or kept_by(result, batch, row) == kept
+
+
 def test_the_edge_of_top_k_is_the_very_quotient(device):
     """Rounded otherwise, scores would tie that do not, or the other way round."""
     num_rows, k = 12, 5
