@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_accel.engine.device_sampling import choose
 from hf_accel.engine.inverse_cdf import invert, uniform
 from hf_accel.engine.logits_filters import filter_logits
 from hf_accel.sampling_params import SamplingParams
@@ -141,6 +142,8 @@ def _take(logits: Tensor, indices: list[int]) -> Tensor:
 
 def _choose(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """[2, num_rows] int64: the token of each row, and 1 where the choice is a valid one."""
+    if scores.device.type == "cuda":
+        return torch.stack(choose(scores, [row.params for row in rows], _numbers(rows)))
     greedy = [i for i, row in enumerate(rows) if row.params.greedy]
     if len(greedy) == len(rows):
         return _argmax(scores)
@@ -184,13 +187,17 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Filter and draw; on CPU a few rows at a time, so that the intermediate results stay in the cache."""
     num_rows, vocab_size = scores.shape
     step = max(_CPU_CHUNK // vocab_size, 1) if scores.device.type == "cpu" else num_rows
-    numbers = [[uniform(row.seed, len(row.token_ids))] for row in rows]
+    numbers = _numbers(rows)
     drawn = []
     for start in range(0, num_rows, step):
         part = slice(start, start + step)
         probs = filter_logits(scores[part], [row.params for row in rows[part]]).softmax(dim=-1)
-        drawn.append(invert(probs, torch.tensor(numbers[part], dtype=torch.float64).to(scores.device)))
+        drawn.append(invert(probs, torch.tensor(numbers[part], dtype=torch.float64)[:, None].to(scores.device)))
     return torch.cat(drawn, dim=1)
+
+
+def _numbers(rows: Sequence[SamplingRow]) -> list[float]:
+    return [0.0 if row.params.greedy else uniform(row.seed, len(row.token_ids)) for row in rows]
 
 
 def _invalid(logits: Tensor) -> ValueError:

@@ -19,11 +19,22 @@ def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: 
         logits: [num_rows, vocab_size], float32, bfloat16 or float16, last axis dense; written.
         bitmask: [num_masks, num_words] int32, contiguous: bit i % 32 of word i // 32 allows token i. Tokens past the last
             word are forbidden.
-        mask_rows: [num_rows] int32, the mask of each row of logits, negative for none; None: row i obeys mask i.
+        mask_rows: [num_rows] int32, contiguous, the mask of each row of logits, negative for none; None: row i obeys mask i.
 
     Raises:
         ValueError: shapes, dtypes or layouts disagree.
     """
+    check_token_bitmask(logits, bitmask, mask_rows)
+    if why_not(logits.device):
+        _apply_in_torch(logits, bitmask, mask_rows)
+    else:
+        from .triton_ops import token_bitmask
+
+        token_bitmask.apply_token_bitmask(logits, bitmask, mask_rows)
+
+
+def check_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: torch.Tensor | None) -> None:
+    """Raise what `apply_token_bitmask` raises for its arguments."""
     if logits.ndim != 2 or not logits.is_floating_point() or logits.stride(1) != 1:
         raise ValueError(f"logits must be floats [num_rows, vocab_size], dense in the last axis, got {logits.shape}")
     if bitmask.ndim != 2 or bitmask.dtype != torch.int32 or not bitmask.is_contiguous():
@@ -33,14 +44,10 @@ def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: 
     if mask_rows is None:
         if bitmask.shape[0] != logits.shape[0]:
             raise ValueError(f"{bitmask.shape[0]} masks for {logits.shape[0]} rows of logits: name them by mask_rows")
-    elif mask_rows.shape != (logits.shape[0],) or mask_rows.dtype != torch.int32:
-        raise ValueError(f"mask_rows must be int32 [{logits.shape[0]}], got {tuple(mask_rows.shape)} {mask_rows.dtype}")
-    if why_not(logits.device):
-        _apply_in_torch(logits, bitmask, mask_rows)
-    else:
-        from .triton_ops import token_bitmask
-
-        token_bitmask.apply_token_bitmask(logits, bitmask, mask_rows)
+    elif mask_rows.shape != logits.shape[:1] or mask_rows.dtype != torch.int32 or not mask_rows.is_contiguous():
+        raise ValueError(
+            f"mask_rows must be contiguous int32 [{logits.shape[0]}], got {tuple(mask_rows.shape)} {mask_rows.dtype}"
+        )
 
 
 def _apply_in_torch(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: torch.Tensor | None) -> None:
