@@ -43,6 +43,19 @@ class TokenFsm:
     def num_bytes(self) -> int:
         return self.masks.nbytes + self.mask_of.nbytes + self.classes.nbytes + self.table.nbytes
 
+    @property
+    def is_consistent(self) -> bool:
+        """Whether shapes, dtypes and ids fit together, of arrays that come from outside."""
+        return (
+            all(a.dtype == np.int32 for a in (self.masks, self.mask_of, self.classes, self.table))
+            and self.masks.ndim == self.table.ndim == 2
+            and self.mask_of.shape == self.table.shape[:1]
+            and self.masks.shape[1] == -(-len(self.classes) // 32)
+            and _within(self.mask_of, 0, len(self.masks))
+            and _within(self.classes, 0, self.table.shape[1])
+            and _within(self.table, DEAD, self.num_states)
+        )
+
     def advance(self, state: int, token_id: int) -> int:
         """The state after a token, or DEAD."""
         return int(self.table[state, self.classes[token_id]])
@@ -78,6 +91,10 @@ def compile_fsm(dfa: ByteDfa, vocabulary: Vocabulary) -> TokenFsm:
     table[states, classes[tokens]] = targets
     masks, mask_of = _masks(table, classes, vocabulary.size)
     return TokenFsm(masks, mask_of, classes.astype(np.int32), table)
+
+
+def _within(values: np.ndarray, low: int, end: int) -> bool:
+    return values.size > 0 and int(values.min()) >= low and int(values.max()) < end
 
 
 def _transitions(dfa: ByteDfa, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
