@@ -59,8 +59,7 @@ class ConstraintLogitsProcessor:
         table = self._table(scores.device)
         starts = self._starts(table, input_ids.shape[0])
         states = self._states(table, input_ids, starts)
-        masked = scores.clone()
-        table.apply(masked, states)
+        masked = table.masked(scores, states)
         lost = masked.amax(dim=-1, keepdim=True) == -torch.inf
         if scores.device.type == "cuda" or bool(lost.any()):
             alone = torch.zeros_like(masked)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_accel.structured.token_fsm import TokenFsm
-from hf_accel_kernels.token_bitmask import apply_token_bitmask
+from hf_accel_kernels.token_bitmask import apply_token_bitmask, masked
 
 FREE = -1
 DONE = 0
@@ -55,8 +55,14 @@ class MaskTable:
 
     def apply(self, logits: Tensor, states: Tensor) -> None:
         """Forbid, in place, what the rows' states do not allow; logits [num_rows, vocab_size], states [num_rows] int64."""
-        rows = torch.where(states >= 0, self.states[states.clamp(min=0), 0], FREE).to(torch.int32)
-        apply_token_bitmask(logits, self.masks, rows)
+        apply_token_bitmask(logits, self.masks, self._mask_rows(states))
+
+    def masked(self, logits: Tensor, states: Tensor) -> Tensor:
+        """`apply` to a copy."""
+        return masked(logits, self.masks, self._mask_rows(states))
+
+    def _mask_rows(self, states: Tensor) -> Tensor:
+        return torch.where(states >= 0, self.states[states.clamp(min=0), 0], FREE).to(torch.int32)
 
     def advance(self, states: Tensor, token_ids: Tensor) -> Tensor:
         """The states after a token each [num_rows] int64. A token that was not allowed ends its row."""

@@ -5,8 +5,13 @@ Structured output keeps one table of distinct masks; a row of logits names the m
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Callable
+
 import torch
 
+from .cpu import library
 from .triton_ops.launch import why_not
 
 WORD_BITS = 32
@@ -25,12 +30,49 @@ def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: 
         ValueError: shapes, dtypes or layouts disagree.
     """
     check_token_bitmask(logits, bitmask, mask_rows)
-    if why_not(logits.device):
-        _apply_in_torch(logits, bitmask, mask_rows)
-    else:
+    if not why_not(logits.device):
         from .triton_ops import token_bitmask
 
         token_bitmask.apply_token_bitmask(logits, bitmask, mask_rows)
+    elif not _copy_on_cpu(logits, logits, bitmask, mask_rows):
+        _apply_in_torch(logits, bitmask, mask_rows)
+
+
+def masked(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: torch.Tensor | None = None) -> torch.Tensor:
+    """A copy of `logits` with `apply_token_bitmask` applied to it: on CPU in one pass. Arguments and errors are its own."""
+    check_token_bitmask(logits, bitmask, mask_rows)
+    copy = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if not _copy_on_cpu(logits, copy, bitmask, mask_rows):
+        apply_token_bitmask(copy.copy_(logits), bitmask, mask_rows)
+    return copy
+
+
+_INFINITY_BITS = {torch.float32: 0xFF800000, torch.bfloat16: 0xFF80, torch.float16: 0xFC00}  # of -inf
+
+
+@functools.cache
+def _native() -> Callable[..., None] | None:
+    lib, _ = library.load()
+    if lib is None:
+        return None
+    pointer, size, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    function = lib.hfa_token_bitmask
+    function.argtypes = (pointer, pointer, size, size, size, size, pointer, size, pointer, word, ctypes.c_uint32, word)
+    function.restype = None
+    return function
+
+
+def _copy_on_cpu(source: torch.Tensor, target: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor | None) -> bool:
+    """Whether the C++ op wrote the masked rows of `source` to `target`, which may be the same."""
+    function = _native() if source.device.type == "cpu" and source.dtype in _INFINITY_BITS else None
+    if function is None or bitmask.device.type != "cpu":
+        return False
+    function(
+        *(source.data_ptr(), target.data_ptr(), source.stride(0), target.stride(0), *source.shape),
+        *(bitmask.data_ptr(), bitmask.shape[1], None if rows is None else rows.data_ptr()),
+        *(source.element_size(), _INFINITY_BITS[source.dtype], torch.get_num_threads()),
+    )
+    return True
 
 
 def check_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, mask_rows: torch.Tensor | None) -> None:

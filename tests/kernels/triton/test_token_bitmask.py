@@ -9,7 +9,18 @@ from hf_accel_kernels import reference, token_bitmask
 from hf_accel_kernels.triton_ops import token_bitmask as kernel
 
 
-@pytest.mark.parametrize("form", [kernel.apply_token_bitmask, token_bitmask._apply_in_torch])
+def copied(logits, bitmask, mask_rows):
+    """The form that makes a copy, as one that writes in place."""
+    before = logits.clone()
+    result = token_bitmask.masked(logits, bitmask, mask_rows)
+    assert torch.equal(logits, before)
+    logits.copy_(result)
+
+
+FORMS = [kernel.apply_token_bitmask, token_bitmask._apply_in_torch, token_bitmask.apply_token_bitmask, copied]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_rows", "vocab_size", "num_words"), [(1, 31, 1), (3, 5003, 157), (2, 4200, 128)])
 @pytest.mark.parametrize("named", [True, False])
