@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_accel.structured.charset import ByteRange, CharSet
 from hf_accel.structured.nfa import DEAD, Nfa
-from hf_accel.structured.syntax import Fragment, Node, StructureError
+from hf_accel.structured.syntax import Counter, CounterConflict, Fragment, Node, StructureError
 
 MAX_STATES = 50_000
 
@@ -29,11 +29,13 @@ class ByteDfa:
         classes: [256] int32, the class of each byte: bytes of one class always lead to the same state.
         table: [num_states, num_classes] int32, the next state or DEAD; state 0 is where it starts.
         accepting: [num_states] bool.
+        counters: of each state inside a counted text; None elsewhere. Alone, the table lets through texts of any count.
     """
 
     classes: np.ndarray
     table: np.ndarray
     accepting: np.ndarray
+    counters: tuple[Counter | None, ...]
 
     @property
     def num_states(self) -> int:
@@ -55,15 +57,31 @@ class ByteDfa:
         return Fragment(
             tuple(tuple(_runs(row)) for row in self.bytes_table.tolist()),
             tuple(np.flatnonzero(self.accepting).tolist()),
+            self.counters,
         )
 
     def walk(self, data: bytes, state: int = 0) -> int:
         """The state after `data`, or DEAD."""
+        return self.walk_counted(data, state, 0)[0]
+
+    def walk_counted(self, data: bytes, state: int, count: int) -> tuple[int, int]:
+        """(state, units of the counted text that it is in) after `data`; state DEAD where `data` is not allowed."""
         for byte in data:
+            before, state = state, int(self.table[state, self.classes[byte]])
             if state == DEAD:
                 break
-            state = int(self.table[state, self.classes[byte]])
-        return state
+            inside, after = self.counters[before], self.counters[state]
+            if after is None:
+                if inside is not None and count < inside.low:
+                    return DEAD, 0
+                count = 0
+            elif inside is None:
+                count = 0
+            elif after.home:
+                count += 1
+            if after is not None and count + (not after.home) > after.high:
+                return DEAD, 0
+        return state, count
 
     def accepts(self, data: bytes) -> bool:
         """Whether the whole of `data` matches."""
@@ -100,7 +118,7 @@ def compile_node(node: Node, *, spell: Spelling = CharSet.byte_sequences, max_st
 
 @functools.lru_cache(maxsize=1024)
 def _spelled(spell: Spelling, charset: CharSet) -> Fragment:
-    nfa = Nfa(lambda _: Fragment((), ()), MAX_STATES)
+    nfa = Nfa(lambda _: Fragment((), (), ()), MAX_STATES)
     return minimal(*nfa.determinize(*nfa.add_sequences(spell(charset)), MAX_STATES)).fragment
 
 
@@ -122,13 +140,16 @@ def minimal_of_rows(rows: Sequence[Mapping[int, int]], accepting: Collection[int
     for state, row in enumerate(rows):
         for byte, target in row.items():
             table[new_id[state], byte] = new_id[target]
-    return minimal(np.arange(256), table, np.array([state in accepting for state in order]))
+    return minimal(np.arange(256), table, np.array([state in accepting for state in order]), [None] * len(rows))
 
 
-def minimal(classes: np.ndarray, table: np.ndarray, accepting: np.ndarray) -> ByteDfa:
+def minimal(
+    classes: np.ndarray, table: np.ndarray, accepting: np.ndarray, counters: Sequence[Counter | None]
+) -> ByteDfa:
     """The minimal automaton equal to a complete description of one; arguments as the attributes of `ByteDfa`."""
-    table, accepting = _trim(table, accepting)
-    blocks = _equivalence(table, accepting)
+    table, keep = _trim(table, accepting)
+    accepting, counters = accepting[keep], [counters[i] for i in np.flatnonzero(keep)]
+    blocks = _equivalence(table, _labels(accepting, counters))
     _, first = np.unique(blocks, return_index=True)
     order = np.argsort(first, kind="stable")  # block ids in order of their first member: the start stays 0
     rank = np.empty_like(order)
@@ -138,12 +159,21 @@ def minimal(classes: np.ndarray, table: np.ndarray, accepting: np.ndarray) -> By
     small = renamed[np.append(blocks, -1)[table[members]]]
     columns, back = np.unique(small, axis=1, return_inverse=True)
     return ByteDfa(
-        back.reshape(-1)[classes].astype(np.int32), np.ascontiguousarray(columns, dtype=np.int32), accepting[members]
+        back.reshape(-1)[classes].astype(np.int32),
+        np.ascontiguousarray(columns, dtype=np.int32),
+        accepting[members],
+        tuple(counters[i] for i in members),
     )
 
 
+def _labels(accepting: np.ndarray, counters: Sequence[Counter | None]) -> np.ndarray:
+    """[num_states] small ids of what states are told apart by before their ways on."""
+    ids: dict[tuple[bool, Counter | None], int] = {}
+    return np.array([ids.setdefault(pair, len(ids)) for pair in zip(accepting.tolist(), counters, strict=True)])
+
+
 def _trim(table: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Without states that are not reached or lead nowhere; the start always stays."""
+    """(table, which states are kept): without states that are not reached or lead nowhere; the start always stays."""
     alive = accepting.copy()
     while True:
         grown = alive | np.append(alive, False)[table].any(axis=1)
@@ -162,14 +192,14 @@ def _trim(table: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.ndar
     new_id = np.full(len(accepting) + 1, DEAD)
     new_id[:-1][keep] = np.arange(keep.sum())
     new_id[:-1][~alive] = DEAD
-    return new_id[table[keep]], accepting[keep]
+    return new_id[table[keep]], keep
 
 
-def _equivalence(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
-    """[num_states] ids of states that accept the same: Moore's refinement, on rows hashed with random weights."""
+def _equivalence(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """[num_states] ids of states of one label that accept the same: Moore's refinement, on rows hashed with random weights."""
     random = np.random.default_rng(0)
     weights = random.integers(1, 1 << 62, size=table.shape[1], dtype=np.uint64) | np.uint64(1)
-    blocks = np.unique(accepting, return_inverse=True)[1].reshape(-1)
+    blocks = np.unique(labels, return_inverse=True)[1].reshape(-1)
     count = int(blocks.max()) + 1
     with np.errstate(over="ignore"):
         while True:
@@ -185,6 +215,8 @@ def _equivalence(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
 
 def _product(a: ByteDfa, b: ByteDfa, accept: Callable[[bool, bool], bool]) -> ByteDfa:
     """The automaton over pairs of states."""
+    if any(a.counters) or any(b.counters):
+        raise CounterConflict("a text of bounded length has another condition too")
     pairs, classes = np.unique(np.stack([a.classes, b.classes]), axis=1, return_inverse=True)
     table_a = np.vstack([a.table, np.full((1, a.table.shape[1]), DEAD, np.int32)])[:, pairs[0]]  # DEAD indexes the last
     table_b = np.vstack([b.table, np.full((1, b.table.shape[1]), DEAD, np.int32)])[:, pairs[1]]
@@ -205,4 +237,6 @@ def _product(a: ByteDfa, b: ByteDfa, accept: Callable[[bool, bool], bool]) -> By
                 todo.append(pair)
             row.append(ids[pair])
         rows.append(row)
-    return minimal(classes.reshape(-1), np.array(rows, dtype=np.int64), np.array(accepting, dtype=bool))
+    return minimal(
+        classes.reshape(-1), np.array(rows, dtype=np.int64), np.array(accepting, dtype=bool), [None] * len(rows)
+    )

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from hf_accel.structured.constraint import Constraint
+from hf_accel.structured.syntax import CounterConflict
 from hf_accel.structured.token_fsm import TokenFsm, compile_fsm
 from hf_accel.structured.vocabulary import Vocabulary
 
 FORMAT = 1  # of cached files and of what their contents mean
 MEMORY_BYTES = 512 << 20  # of automata kept in memory
-_FIELDS = ("masks", "mask_of", "classes", "table")
+_FIELDS = tuple(TokenFsm.__dataclass_fields__)
 
 
 class ConstraintCompiler:
@@ -72,7 +73,10 @@ class ConstraintCompiler:
         path = self._path(constraint)
         if path is not None and (fsm := load(path)) is not None:
             return fsm
-        fsm = compile_fsm(constraint.compile(), self.vocabulary)
+        try:
+            fsm = compile_fsm(constraint.compile(), self.vocabulary)
+        except CounterConflict:
+            fsm = compile_fsm(constraint.compile(counting=False), self.vocabulary)
         if path is not None:
             save(fsm, path)
         return fsm

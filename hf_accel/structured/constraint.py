@@ -69,25 +69,28 @@ class Constraint:
         """Equal for constraints that allow the same texts for the same reason."""
         return hashlib.sha256(json.dumps([self.kind, self.value, self.whitespace]).encode()).hexdigest()
 
-    def compile(self) -> ByteDfa:
+    def compile(self, *, counting: bool = True) -> ByteDfa:
         """The automaton.
+
+        Args:
+            counting: count the characters of long texts beside the states; False unrolls them.
 
         Raises:
             StructureError: it is not supported, too large, or allows nothing.
         """
-        dfa = _compiled(self)
+        dfa = _compiled(self, counting)
         if dfa.is_empty:
             raise StructureError(f"the {self.kind} {self.value!r} matches no text at all")
         return dfa
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(constraint: Constraint) -> ByteDfa:
+def _compiled(constraint: Constraint, counting: bool) -> ByteDfa:
     if constraint.kind == "regex":
         return compile_node(parse_regex(constraint.value))
     if constraint.kind == "choice":
         return compile_node(Alt(tuple(map(text, json.loads(constraint.value)))))
-    return compile_json_schema(constraint.value, whitespace=constraint.whitespace)
+    return compile_json_schema(constraint.value, whitespace=constraint.whitespace, counting=counting)
 
 
 def schema_of(source: Any) -> Any:

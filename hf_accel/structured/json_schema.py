@@ -16,18 +16,19 @@ from typing import Any
 from hf_accel.structured.automaton import ByteDfa, compile_node
 from hf_accel.structured.json_refs import References, Schema
 from hf_accel.structured.json_types import TYPES, TypeCompiler
-from hf_accel.structured.syntax import NOTHING, Alt, Language, Node, StructureError
+from hf_accel.structured.syntax import NOTHING, Alt, CounterConflict, Language, Node, StructureError
 
 MAX_ALTERNATIVES = 200
 REFUSED = ("not", "if", "then", "else", "$dynamicRef", "$recursiveRef", "dependencies")
 
 
-def compile_json_schema(schema: Schema | str, *, whitespace: str = " ?") -> ByteDfa:
+def compile_json_schema(schema: Schema | str, *, whitespace: str = " ?", counting: bool = True) -> ByteDfa:
     """The texts of JSON values that a schema allows.
 
     Args:
         schema: a JSON Schema (draft 2020-12, also the array form of `items` of earlier ones), or its JSON text.
         whitespace: pattern of what may stand after each comma and colon; "" for compact text.
+        counting: count the characters of long strings beside the states where that can be; False unrolls them.
 
     Raises:
         StructureError: the schema is none, uses what is not supported (the message names the keyword), or allows nothing.
@@ -37,7 +38,10 @@ def compile_json_schema(schema: Schema | str, *, whitespace: str = " ?") -> Byte
             schema = json.loads(schema)
         except json.JSONDecodeError as error:
             raise StructureError(f"the schema is no JSON: {error}") from None
-    dfa = SchemaCompiler(schema, whitespace).compile([schema])
+    try:
+        dfa = SchemaCompiler(schema, whitespace, counting).compile([schema])
+    except CounterConflict:
+        dfa = SchemaCompiler(schema, whitespace, counting=False).compile([schema])
     if dfa.is_empty:
         raise StructureError("the schema allows no value at all: look for keywords that contradict each other")
     return dfa
@@ -46,9 +50,9 @@ def compile_json_schema(schema: Schema | str, *, whitespace: str = " ?") -> Byte
 class SchemaCompiler:
     """Compiles conjunctions of schemas of one root; equal ones once."""
 
-    def __init__(self, root: Schema, whitespace: str) -> None:
+    def __init__(self, root: Schema, whitespace: str, counting: bool) -> None:
         self._references = References(root)
-        self._types = TypeCompiler(self.compile, whitespace)
+        self._types = TypeCompiler(self.compile, whitespace, counting)
         self._known: dict[str, ByteDfa] = {}
         self._open: list[str] = []  # references that are being compiled
 

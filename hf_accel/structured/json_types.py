@@ -27,6 +27,7 @@ from hf_accel.structured.syntax import (
     NOTHING,
     Alt,
     Chars,
+    Counted,
     Language,
     Member,
     Members,
@@ -39,6 +40,8 @@ from hf_accel.structured.syntax import (
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 MAX_PATTERNS = 4
+UNROLLED = 16  # characters of a string that are unrolled rather than counted
+_CONTENT = ("pattern", "format")
 ANY_DEPTH = 3  # of values about which a schema says nothing
 
 _REFUSED = {
@@ -56,10 +59,12 @@ class TypeCompiler:
     Args:
         compile_all: the automaton of a conjunction of nested schemas.
         whitespace: pattern of what may stand after a comma or colon.
+        counting: count the characters of long strings instead of unrolling them.
     """
 
-    def __init__(self, compile_all: Callable[[Sequence[Schema]], ByteDfa], whitespace: str) -> None:
+    def __init__(self, compile_all: Callable[[Sequence[Schema]], ByteDfa], whitespace: str, counting: bool) -> None:
         self._compile = compile_all
+        self._counting = counting
         space = parse_regex(whitespace)
         self._comma, self._colon = Seq((text(","), space)), Seq((text(":"), space))
         self._any_values: dict[int, Node] = {}
@@ -113,9 +118,12 @@ class TypeCompiler:
     def _string(self, schemas: Dicts) -> ByteDfa:
         low = max((_count(s, "minLength", 0) for s in schemas), default=0)
         highs = [_count(s, "maxLength", 0) for s in schemas if "maxLength" in s]
-        inside = [_decoded(Repeat(Chars(ANY_CHAR), low, min(highs, default=None)))] if low or highs else []
         if highs and low > min(highs):
             return compile_node(NOTHING)
+        if self._counting and highs and min(highs) > UNROLLED and not any(k in s for s in schemas for k in _CONTENT):
+            counted = Counted(ANY_CHAR, low, min(highs), ord('"'))
+            return compile_node(Seq((text('"'), _language(_decoded(counted)))))
+        inside = [_decoded(Repeat(Chars(ANY_CHAR), low, min(highs, default=None)))] if low or highs else []
         for schema in schemas:
             if "pattern" in schema:
                 inside.append(_decoded(parse_search(schema["pattern"])))

@@ -10,9 +10,24 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from hf_accel.structured.charset import ByteRange, CharSet
-from hf_accel.structured.syntax import Alt, Chars, Fragment, Language, Members, Node, Repeat, Seq, StructureError
+from hf_accel.structured.syntax import (
+    Alt,
+    Chars,
+    Counted,
+    Counter,
+    CounterConflict,
+    Fragment,
+    Language,
+    Members,
+    Node,
+    Repeat,
+    Seq,
+    StructureError,
+)
 
 DEAD = -1
+
+Subsets = tuple[np.ndarray, np.ndarray, np.ndarray, list[Counter | None]]
 
 
 class Nfa:
@@ -28,6 +43,7 @@ class Nfa:
         self._max_states = max_states
         self.edges: list[list[tuple[int, int, int]]] = []  # (first byte, last byte, next state)
         self.free: list[list[int]] = []
+        self.counters: list[Counter | None] = []
 
     def state(self) -> int:
         """A new state."""
@@ -35,6 +51,7 @@ class Nfa:
             raise self._too_large()
         self.edges.append([])
         self.free.append([])
+        self.counters.append(None)
         return len(self.edges) - 1
 
     def _too_large(self) -> StructureError:
@@ -48,6 +65,8 @@ class Nfa:
             return self.add_fragment(self._fragment_of(node.charset))
         if isinstance(node, Language):
             return self.add_fragment(node.fragment)
+        if isinstance(node, Counted):
+            return self._add_counted(node)
         if isinstance(node, Seq):
             return self._add_seq(node.parts)
         if isinstance(node, Alt):
@@ -114,11 +133,25 @@ class Nfa:
         self.free[end].append(final)
         return start, final
 
+    def _add_counted(self, node: Counted) -> tuple[int, int]:
+        """The automaton of one character, whose ends are its start, with the way out there."""
+        first = len(self.edges)
+        unit = self._fragment_of(node.charset)
+        ends = set(unit.accepting)
+        for state, edges in enumerate(unit.edges):
+            self.edges[self.state()] = [(low, high, first + (0 if t in ends else t)) for low, high, t in edges]
+            self.counters[first + state] = Counter(node.low, node.high, home=state == 0)
+        end = self.state()
+        self.edges[first].append((node.end, node.end, end))
+        return first, end
+
     def add_fragment(self, fragment: Fragment) -> tuple[int, int]:
         """Add a copy of a deterministic automaton."""
         first = len(self.edges)
-        for edges in fragment.edges:
-            self.edges[self.state()] = [(low, high, first + target) for low, high, target in edges]
+        for edges, counter in zip(fragment.edges, fragment.counters, strict=True):
+            state = self.state()
+            self.edges[state] = [(low, high, first + target) for low, high, target in edges]
+            self.counters[state] = counter
         end = self.state()
         for state in fragment.accepting:
             self.free[first + state].append(end)
@@ -138,20 +171,22 @@ class Nfa:
 
     # ---- subset construction -----------------------------------------------------------------------------------
 
-    def determinize(self, start: int, end: int, max_states: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(classes [256], table [num_states, num_classes], accepting [num_states]) of the same language; state 0 starts.
+    def determinize(self, start: int, end: int, max_states: int) -> Subsets:
+        """(classes [256], table [num_states, num_classes], accepting [num_states], counters) of the same language.
 
         Raises:
             StructureError: more than `max_states` states.
+            CounterConflict: a state would be inside a counted text and elsewhere at once.
         """
         classes, num_classes = self._byte_classes()
         moves = [[(classes[low], classes[high], target) for low, high, target in edges] for edges in self.edges]
         closures: dict[int, frozenset[int]] = {}
         first = self._closure(start, end, closures)
         ids: dict[frozenset[int], int] = {first: 0}
-        todo, table, accepting = [first], [], []
+        todo, table, accepting, counters = [first], [], [], []
         for subset in todo:
             accepting.append(end in subset)
+            counters.append(self._counter(subset))
             targets: dict[int, list[int]] = {}
             for state in subset:
                 for low, high, target in moves[state]:
@@ -172,7 +207,13 @@ class Nfa:
                     known[key] = ids[union]
                 row[symbol] = known[key]
             table.append(row)
-        return np.array(classes), np.array(table, dtype=np.int64), np.array(accepting, dtype=bool)
+        return np.array(classes), np.array(table, dtype=np.int64), np.array(accepting, dtype=bool), counters
+
+    def _counter(self, subset: frozenset[int]) -> Counter | None:
+        found = {self.counters[state] for state in subset}
+        if len(found) > 1:
+            raise CounterConflict("a text of bounded length stands where another alternative may stand too")
+        return next(iter(found), None)
 
     def _byte_classes(self) -> tuple[list[int], int]:
         """Bytes that no edge tells apart are one class; classes are in the order of their bytes."""

@@ -44,6 +44,22 @@ class Repeat:
     high: int | None
 
 
+class CounterConflict(StructureError):
+    """A counted text stands where another alternative may stand too: it must be unrolled instead."""
+
+
+@dataclass(frozen=True)
+class Counter:
+    """What a state of a counted text knows: how many units it may have, and whether one has just ended.
+
+    A text of many units is not unrolled: it goes round one automaton of a unit, and how often is counted beside the state.
+    """
+
+    low: int
+    high: int
+    home: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Fragment:
     """A deterministic automaton as a part of others; state 0 is where it starts.
@@ -51,10 +67,12 @@ class Fragment:
     Attributes:
         edges: of each state, (first byte, last byte, next state).
         accepting: states.
+        counters: of each state inside a counted text; None elsewhere.
     """
 
     edges: tuple[tuple[tuple[int, int, int], ...], ...]
     accepting: tuple[int, ...]
+    counters: tuple[Counter | None, ...]
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,19 @@ class Language:
     """The byte strings that a compiled automaton accepts."""
 
     fragment: Fragment
+
+
+@dataclass(frozen=True)
+class Counted:
+    """From `low` to `high` characters of a set, counted rather than unrolled, and the byte that ends them.
+
+    The end must be no first byte of a character.
+    """
+
+    charset: CharSet
+    low: int
+    high: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +112,7 @@ class Members:
     separator: Node
 
 
-Node = Chars | Seq | Alt | Repeat | Language | Members
+Node = Chars | Seq | Alt | Repeat | Language | Counted | Members
 
 EMPTY = Seq(())
 NOTHING = Alt(())

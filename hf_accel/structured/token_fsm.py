@@ -1,7 +1,8 @@
 """A byte automaton over a vocabulary: which tokens each state allows, and where they lead. Compressed by what is equal.
 
-Tokens that lead alike from every state are one class; states that allow the same tokens share one packed mask. On real schemas
-at 128k tokens that is some 200 classes and 100 masks. Knows no tensors: `mask_table.py` puts it on a device.
+Tokens that do alike in every state are one class; states that allow the same tokens share one packed mask. On real schemas at
+128k tokens that is some 200 classes and 100 masks. Inside a counted text a state has a mask for each count that makes a
+difference. Knows no tensors: `mask_table.py` puts it on a device.
 """
 
 from __future__ import annotations
@@ -11,125 +12,113 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_accel.structured.automaton import DEAD, ByteDfa
-from hf_accel.structured.syntax import StructureError
-from hf_accel.structured.vocabulary import Vocabulary, expand
+from hf_accel.structured.syntax import CounterConflict, StructureError
+from hf_accel.structured.token_walk import NEVER, Moves, walk_tokens
+from hf_accel.structured.vocabulary import Vocabulary
 
 DONE = 0  # after the end of the sequence
-MAX_PAIRS = 1 << 24  # (state, trie node) held at once
+FAR = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
 class TokenFsm:
     """A constraint on one vocabulary. State 0 is DONE, where only an end of sequence is allowed; state 1 is the start.
 
+    With every state goes a count, 0 outside of counted texts.
+
     Attributes:
         masks: [num_masks, num_words] int32, bit i % 32 of word i // 32: token i is allowed.
-        mask_of: [num_states] int32, the mask of each state.
+        rows: [num_rows] int32, masks by state and count.
+        row_of: [num_states, 5] int32 (base, low, low_span, high, high_span): a state's row for a count is
+            base + clip(count - low, 0, low_span) + clip(count - high, 0, high_span).
         classes: [vocab_size] int32, the class of each token; class 0 holds those that are allowed nowhere.
-        table: [num_states, num_classes] int32, the next state; DEAD where the token is not allowed.
+        table: [num_states, num_classes] int32, the next state; DEAD where no count allows the token.
+        counts: [num_states, num_classes] int32, 2 * n for a token that adds n to the count, 2 * n + 1 for one that makes it n.
     """
 
     masks: np.ndarray
-    mask_of: np.ndarray
+    rows: np.ndarray
+    row_of: np.ndarray
     classes: np.ndarray
     table: np.ndarray
+    counts: np.ndarray
     start = 1
 
     @property
     def num_states(self) -> int:
-        return len(self.mask_of)
+        return len(self.row_of)
 
     @property
     def num_bytes(self) -> int:
-        return self.masks.nbytes + self.mask_of.nbytes + self.classes.nbytes + self.table.nbytes
+        return sum(getattr(self, name).nbytes for name in self.__dataclass_fields__)
 
     @property
     def is_consistent(self) -> bool:
         """Whether shapes, dtypes and ids fit together, of arrays that come from outside."""
+        arrays = [getattr(self, name) for name in self.__dataclass_fields__]
         return (
-            all(a.dtype == np.int32 for a in (self.masks, self.mask_of, self.classes, self.table))
-            and self.masks.ndim == self.table.ndim == 2
-            and self.mask_of.shape == self.table.shape[:1]
+            all(a.dtype == np.int32 for a in arrays)
+            and [a.ndim for a in arrays] == [2, 1, 2, 1, 2, 2]
+            and self.row_of.shape[1] == 5
+            and self.table.shape == self.counts.shape == (self.num_states, self.table.shape[1])
             and self.masks.shape[1] == -(-len(self.classes) // 32)
-            and _within(self.mask_of, 0, len(self.masks))
+            and _within(self.rows, 0, len(self.masks))
+            and _within(self.row_of[:, 0], 0, len(self.rows))
+            and _within(self.row_of[:, [0, 2, 4]].sum(axis=1), 0, len(self.rows))
+            and _within(self.row_of[:, [2, 4]], 0, FAR)
             and _within(self.classes, 0, self.table.shape[1])
             and _within(self.table, DEAD, self.num_states)
         )
 
-    def advance(self, state: int, token_id: int) -> int:
-        """The state after a token, or DEAD."""
-        return int(self.table[state, self.classes[token_id]])
+    def advance(self, state: int, token_id: int, count: int = 0) -> tuple[int, int]:
+        """(state, count) after a token that is allowed."""
+        symbol = self.classes[token_id]
+        value, sets = divmod(int(self.counts[state, symbol]), 2)
+        return int(self.table[state, symbol]), value if sets else count + value
 
-    def allowed(self, state: int) -> np.ndarray:
-        """Ids of the tokens that a state allows, in order."""
-        bits = np.unpackbits(self.masks[self.mask_of[state]].view(np.uint8), bitorder="little")
-        return np.flatnonzero(bits)
+    def allowed(self, state: int, count: int = 0) -> np.ndarray:
+        """Ids of the tokens that are allowed, in order."""
+        base, low, low_span, high, high_span = self.row_of[state].tolist()
+        row = base + min(max(count - low, 0), low_span) + min(max(count - high, 0), high_span)
+        return np.flatnonzero(np.unpackbits(self.masks[self.rows[row]].view(np.uint8), bitorder="little"))
 
 
 def compile_fsm(dfa: ByteDfa, vocabulary: Vocabulary) -> TokenFsm:
-    """Run every token from every state.
+    """Run every token from every state and keep what is different once.
 
     Raises:
         StructureError: the vocabulary cannot spell a text that the automaton accepts.
     """
-    states, tokens, targets = _transitions(dfa, vocabulary)
-    alive = _alive(states, targets, dfa.accepting)
+    moves = walk_tokens(dfa, vocabulary.trie)
+    alive = _alive(moves, dfa.accepting)
     if not alive[0]:
         raise StructureError("this vocabulary has no tokens that spell a text which the constraint accepts")
-    kept = alive[states] & alive[targets]
-    states, tokens, targets = states[kept], tokens[kept], targets[kept]
+    moves = moves.where(alive[moves.state] & alive[moves.target])
+    _check_counted(dfa, moves)
     ids = np.cumsum(alive)  # 1 for the start on; DONE is 0
-    states, targets = ids[states], ids[targets]
-    num_states = int(alive.sum()) + 1
-    ends = [DONE, *ids[alive & dfa.accepting].tolist()]
-    eos = np.array(vocabulary.eos_token_ids, dtype=np.int64)
-    states = np.concatenate([states, np.repeat(ends, len(eos))])
-    tokens = np.concatenate([tokens, np.tile(eos, len(ends))])
-    targets = np.concatenate([targets, np.full(len(ends) * len(eos), DONE)])
-    classes, num_classes = _token_classes(states, tokens, targets, vocabulary.size)
-    table = np.full((num_states, num_classes), DEAD, dtype=np.int32)
-    table[states, classes[tokens]] = targets
-    masks, mask_of = _masks(table, classes, vocabulary.size)
-    return TokenFsm(masks, mask_of, classes.astype(np.int32), table)
+    counters = [None, *(c for c, lives in zip(dfa.counters, alive, strict=True) if lives)]
+    ends = np.array([DONE, *ids[alive & dfa.accepting].tolist()])
+    moves = _with_ends(moves, ids, ends, np.array(vocabulary.eos_token_ids, dtype=np.int64))
+    classes, num_classes = _token_classes(moves, vocabulary.size)
+    shape = (len(counters), num_classes)
+    table, counts = np.full(shape, DEAD, dtype=np.int32), np.zeros(shape, dtype=np.int32)
+    need, leaves = np.zeros(shape, dtype=np.int64), np.full(shape, NEVER)
+    where = (moves.state, classes[moves.token])
+    table[where], counts[where] = moves.target, 2 * moves.value + moves.sets
+    need[where], leaves[where] = moves.need, moves.leaves
+    allowed, row_of = _rows(table, need, leaves, counters)
+    masks, rows = _masks(allowed, classes)
+    return TokenFsm(masks, rows, row_of, classes.astype(np.int32), table, counts)
 
 
 def _within(values: np.ndarray, low: int, end: int) -> bool:
     return values.size > 0 and int(values.min()) >= low and int(values.max()) < end
 
 
-def _transitions(dfa: ByteDfa, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(state, token, next state) of every token that survives from a state: breadth first through the trie, all states at once."""
-    trie, table = vocabulary.trie, dfa.bytes_table
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    todo = [(np.arange(dfa.num_states), np.zeros(dfa.num_states, np.int64), np.arange(dfa.num_states))]
-    while todo:
-        origins, nodes, states = todo.pop()
-        if len(origins) > 1 and int((trie.first_child[nodes + 1] - trie.first_child[nodes]).sum()) > MAX_PAIRS:
-            half = len(origins) // 2
-            todo += [(origins[:half], nodes[:half], states[:half]), (origins[half:], nodes[half:], states[half:])]
-            continue
-        owner, entry = expand(trie.first_child, nodes)
-        children = trie.child[entry]
-        after = table[states[owner], trie.byte[children]]
-        live = after != DEAD
-        owner, children, after = owner[live], children[live], after[live]
-        origin = origins[owner]
-        at, token_entry = expand(trie.first_token, children)
-        if len(at):
-            found.append((origin[at], trie.token[token_entry], after[at].astype(np.int64)))
-        if len(children):
-            todo.append((origin, children, after))
-    if not found:
-        empty = np.zeros(0, dtype=np.int64)
-        return empty, empty, empty
-    return tuple(map(np.concatenate, zip(*found, strict=True)))  # type: ignore[return-value]
-
-
-def _alive(states: np.ndarray, targets: np.ndarray, accepting: np.ndarray) -> np.ndarray:
+def _alive(moves: Moves, accepting: np.ndarray) -> np.ndarray:
     """[num_states] whether tokens lead from a state to an accepting one."""
     alive = accepting.copy()
-    pairs = np.unique(states * len(accepting) + targets)
-    states, targets = np.divmod(pairs, len(accepting))
+    states, targets = np.divmod(np.unique(moves.state * len(accepting) + moves.target), len(accepting))
     while True:
         grown = alive.copy()
         grown[states[alive[targets]]] = True
@@ -138,18 +127,38 @@ def _alive(states: np.ndarray, targets: np.ndarray, accepting: np.ndarray) -> np
         alive = grown
 
 
-def _token_classes(
-    states: np.ndarray, tokens: np.ndarray, targets: np.ndarray, vocab_size: int
-) -> tuple[np.ndarray, int]:
-    """[vocab_size] class of each token, and their number: equal classes have equal sets of (state, next state).
+def _check_counted(dfa: ByteDfa, moves: Moves) -> None:
+    """Every count must have a way on: a token for one more unit, or for a part of one, and one that ends the text at once."""
+    homes = [s for s, c in enumerate(dfa.counters) if c is not None and c.home]
+    for home in homes:
+        of_home = moves.state == home
+        if not ((moves.leaves == 0) & of_home).any() or not ((moves.need == 1) & ~moves.sets & of_home).any():
+            raise CounterConflict("this vocabulary cannot end a text of bounded length everywhere")
+
+
+def _with_ends(moves: Moves, ids: np.ndarray, ends: np.ndarray, eos: np.ndarray) -> Moves:
+    """The moves between the ids that are kept, and from `ends` to DONE by every end of sequence."""
+    size = len(ends) * len(eos)
+    zeros, done = np.zeros(size, np.int64), np.full(size, DONE)
+    last = Moves(
+        np.repeat(ends, len(eos)), np.tile(eos, len(ends)), done, zeros, zeros == 0, zeros, np.full(size, NEVER)
+    )
+    first = Moves(ids[moves.state], moves.token, ids[moves.target], moves.value, moves.sets, moves.need, moves.leaves)
+    return Moves(*(np.concatenate([getattr(first, n), getattr(last, n)]) for n in Moves.__dataclass_fields__))
+
+
+def _token_classes(moves: Moves, vocab_size: int) -> tuple[np.ndarray, int]:
+    """[vocab_size] class of each token, and their number: tokens of one class have equal sets of moves.
 
     Sets are compared by two sums of random 64-bit numbers, one for each member: unequal ones agree with odds of 2^-100.
     """
     random = np.random.default_rng(0)
-    pairs, which = np.unique(states * (int(states.max(initial=0)) + 1) + targets, return_inverse=True)
-    numbers = random.integers(0, 1 << 63, size=(2, len(pairs)), dtype=np.uint64)
-    order = np.argsort(tokens, kind="stable")
-    present, first = np.unique(tokens[order], return_index=True)
+    columns = (moves.state, moves.target, moves.value, moves.sets, moves.need, moves.leaves)
+    keys = sum(c.astype(np.uint64) * random.integers(1, 1 << 63, dtype=np.uint64) for c in columns)
+    _, which = np.unique(keys, return_inverse=True)
+    numbers = random.integers(0, 1 << 63, size=(2, int(which.max(initial=-1)) + 1), dtype=np.uint64)
+    order = np.argsort(moves.token, kind="stable")
+    present, first = np.unique(moves.token[order], return_index=True)
     sums = np.add.reduceat(numbers[:, which.reshape(-1)[order]], first, axis=1) if len(first) else numbers[:, :0]
     _, class_of = np.unique(sums, axis=1, return_inverse=True)
     classes = np.zeros(vocab_size, dtype=np.int64)
@@ -157,12 +166,46 @@ def _token_classes(
     return classes, int(classes.max(initial=0)) + 1
 
 
-def _masks(table: np.ndarray, classes: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(masks, mask of each state): states that allow the same classes share one."""
-    allowed, mask_of = np.unique(table != DEAD, axis=0, return_inverse=True)  # [num_masks, num_classes]
-    num_words = -(-vocab_size // 32)
-    packed = np.zeros((len(allowed), num_words * 4), dtype=np.uint8)
-    for row, classes_allowed in zip(packed, allowed, strict=True):
-        bits = np.packbits(classes_allowed[classes], bitorder="little")
+def _rows(
+    table: np.ndarray, need: np.ndarray, leaves: np.ndarray, counters: list[object]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(allowed [num_rows, num_classes], row_of): a row for each state, or for each of a state's counts that differ."""
+    blocks: list[np.ndarray] = []
+    row_of = np.zeros((len(table), 5), dtype=np.int32)
+    size = 0
+    for state, counter in enumerate(counters):
+        possible = (table[state] != DEAD)[None]
+        row_of[state, 0] = size
+        if counter is not None:
+            # Nothing that a token needs is more than `depth`: only counts so near to a bound make a difference.
+            depth = int(max(need[state][possible[0]].max(initial=0), leaves[state].max(initial=0)))
+            low, high = counter.low - depth - 1, counter.high - depth  # type: ignore[attr-defined]
+            row_of[state, 1:] = low, depth + 1, high, depth
+            counts = _representatives(row_of[state], counter.high)  # type: ignore[attr-defined]
+            enough = need[state] <= counter.high - counts[:, None]  # type: ignore[attr-defined]
+            may_leave = (leaves[state] == NEVER) | (counts[:, None] + leaves[state] >= counter.low)  # type: ignore[attr-defined]
+            possible = possible & enough & may_leave
+        blocks.append(possible)
+        size += len(possible)
+    return np.concatenate(blocks), row_of
+
+
+def _representatives(row: np.ndarray, most: int) -> np.ndarray:
+    """For each row of a state, a count that has it (any, where none has)."""
+    _, low, low_span, high, high_span = row.tolist()
+    found = np.zeros(low_span + high_span + 1, dtype=np.int64)
+    near = [*range(max(low, 0), low + low_span + 1), *range(max(high, 0), high + high_span + 1), 0]
+    for count in near:
+        if 0 <= count <= most:
+            found[min(max(count - low, 0), low_span) + min(max(count - high, 0), high_span)] = count
+    return found
+
+
+def _masks(allowed: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(masks, mask of each row): rows that allow the same classes share one."""
+    different, mask_of = np.unique(allowed, axis=0, return_inverse=True)  # [num_masks, num_classes]
+    packed = np.zeros((len(different), -(-len(classes) // 32) * 4), dtype=np.uint8)
+    for row, allowed_classes in zip(packed, different, strict=True):
+        bits = np.packbits(allowed_classes[classes], bitorder="little")
         row[: len(bits)] = bits
     return packed.view(np.int32), mask_of.reshape(-1).astype(np.int32)

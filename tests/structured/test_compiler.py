@@ -13,6 +13,7 @@ from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.vocabulary import Vocabulary
 
+FIELDS = ("masks", "rows", "row_of", "classes", "table", "counts")
 VOCABULARY = Vocabulary((*(bytes([b]) for b in range(256)), None), (256,))
 
 
@@ -25,7 +26,7 @@ def count(monkeypatch) -> list[int]:
 
 
 def equal(a, b) -> bool:
-    return all(np.array_equal(getattr(a, f), getattr(b, f)) for f in ("masks", "mask_of", "classes", "table"))
+    return all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS)
 
 
 def test_once_in_memory_and_once_on_disk(tmp_path, count):
@@ -64,10 +65,10 @@ def test_a_file_whose_ids_do_not_fit_is_not_used(tmp_path):
     fsm = ConstraintCompiler(VOCABULARY).compile(Constraint.regex("a|b"))
     for field, wrong in (
         ("table", fsm.table + 99),
-        ("mask_of", fsm.mask_of[:-1]),
+        ("row_of", fsm.row_of[:-1]),
         ("classes", fsm.classes.astype(np.int64)),
     ):
-        arrays = {f: getattr(fsm, f) for f in ("masks", "mask_of", "classes", "table")} | {field: wrong}
+        arrays = {f: getattr(fsm, f) for f in FIELDS} | {field: wrong}
         np.savez(tmp_path / "x.npz", **arrays)
         assert load(tmp_path / "x.npz") is None
     save(fsm, tmp_path / "y.npz")

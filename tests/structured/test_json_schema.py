@@ -170,7 +170,7 @@ def test_discriminated_one_of():
         ({"type": "integer", "minimum": 3, "maximum": 2}, "allows no value"),
         ({"type": "object", "required": ["a"], "properties": {"a": False}}, "allows no value"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
-        ({"type": "string", "maxLength": 1_000_000}, "states"),
+        ({"type": "string", "maxLength": 1_000_000, "pattern": "^a"}, "states"),
         ({"type": "string", "minLength": -1}, "minLength"),
         (3, "must be an object"),
     ],
