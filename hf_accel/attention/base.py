@@ -116,13 +116,14 @@ class AttentionBackend(ABC):
         q: torch.Tensor,
         weights: AbsorbedWeights,
         pages: torch.Tensor,
-        page_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
+        metadata: AttentionMetadata,
         scale: float,
         scales: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention in latent space: [num_tokens, num_heads, v_dim]; see `mla.mla_absorbed_attention`."""
+        """Attention in latent space: [num_tokens, num_heads, v_dim]; see `mla.mla_absorbed_attention`.
+
+        `metadata` is what this backend planned for q's tokens: all of a step's, or those that attend absorbed.
+        """
 
     @abstractmethod
     def expanded_attention(
