@@ -50,7 +50,7 @@ class FlashInferBackend(AttentionBackend):
 
     Layers with sinks, fp8 latents and latents of other widths than 512 + 64 go to `other`, always: the library ignores sinks in
     the kernels used here and has no scales for each row. A head_dim that it is not used for, or its failure to load, is an error
-    if `strict`; else those layers go to `other` too, with one log line.
+    if `strict`; else those layers go to `other` too, with one log line, and nothing is compiled for minutes.
 
     Args:
         other: serves the rest, on the same device.
@@ -64,7 +64,7 @@ class FlashInferBackend(AttentionBackend):
     def __init__(self, other: AttentionBackend, *, strict: bool) -> None:
         self.other, self.strict = other, strict
         self._workspaces = Workspaces()
-        self._refused: dict[Kind, str] = {}
+        self._refused: dict[tuple[Kind, bool], str] = {}  # of a kind, for decode only or not
 
     def plan(self, batch: AttentionBatch) -> FlashInferMetadata:
         return self._metadata(batch, self.other.plan(batch), graph=False)
@@ -79,7 +79,7 @@ class FlashInferBackend(AttentionBackend):
 
     def _metadata(self, batch: AttentionBatch, other: AttentionMetadata, *, graph: bool) -> FlashInferMetadata:
         plain = super().plan(batch)
-        plans = StepPlans(plain, self._workspaces, graph=graph)
+        plans = StepPlans(plain, self._workspaces, graph=graph, compiles=self.strict)
         lens = zip(plain.query_lens_cpu, plain.seq_lens_cpu, strict=True)
         return FlashInferMetadata(**vars(plain), plans=plans, other=other, exact=all(n <= total for n, total in lens))
 
@@ -102,8 +102,11 @@ class FlashInferBackend(AttentionBackend):
         sizes = (q.shape[1], num_kv_heads, head_dim, 0, page_size)
         kind = Kind(*sizes, q.dtype, scale, sliding_window, softcap)
         if head_dim not in HEAD_DIMS or v_pages.shape[3] != head_dim:
-            self._refuse(kind, f"it serves head_dim {HEAD_DIMS}, not {head_dim} with values of {v_pages.shape[3]}")
-        if sinks is None and metadata.exact and kind not in self._refused:
+            self._refuse(
+                (kind, metadata.plans.only_decode),
+                f"it serves head_dim {HEAD_DIMS}, not {head_dim} with values of {v_pages.shape[3]}",
+            )
+        if sinks is None and metadata.exact:
             wrapper = self._try(kind, metadata)
             if wrapper is not None:
                 ops.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
@@ -133,7 +136,7 @@ class FlashInferBackend(AttentionBackend):
         assert isinstance(metadata, FlashInferMetadata)
         page_size, rope = pages.shape[1], pages.shape[2] - weights.rank
         kind = Kind(weights.num_heads, 0, weights.rank, rope, page_size, q.dtype, scale, 0, 0.0)
-        served = scales is None and (weights.rank, rope) == LATENT and metadata.exact and kind not in self._refused
+        served = scales is None and (weights.rank, rope) == LATENT and metadata.exact
         # The library's causal bound is off by one key in tiles of 64 rows that end inside a token: such heads decode only.
         if served and (64 % kind.num_heads == 0 or kind.num_heads == 128 or max(metadata.query_lens_cpu) <= 1):
             wrapper = self._try(kind, metadata)
@@ -150,22 +153,28 @@ class FlashInferBackend(AttentionBackend):
 
     def _try(self, kind: Kind, metadata: FlashInferMetadata) -> Any:
         """The planned wrapper of the library, or None where it fails."""
+        key = (kind, metadata.plans.only_decode)
+        if key in self._refused:
+            return None
         try:
             return metadata.plans.wrapper(kind)
         except CaptureError:
             raise
         except Exception as error:  # of any sort: compilers, drivers and loaders speak here
-            self._refuse(kind, f"{type(error).__name__}: {error}", error)
+            self._refuse(key, f"{type(error).__name__}: {error}", error)
             return None
 
-    def _refuse(self, kind: Kind, reason: str, error: Exception | None = None) -> None:
+    def _refuse(self, key: tuple[Kind, bool], reason: str, error: Exception | None = None) -> None:
         if self.strict:
             raise ValueError(
                 f'the attention backend "flashinfer" cannot be used for this model: {reason}; choose "auto" or "{self.other.name}"'
             ) from error
-        if kind not in self._refused:
-            logger.warning("attention goes from flashinfer to %s for some layers: %s", self.other.name, reason)
-            self._refused[kind] = reason
+        if not self._refused:
+            remedy = '; attention_backend="flashinfer" lets it compile what is missing, for minutes' if error else ""
+            logger.warning(
+                "attention goes from flashinfer to %s for some layers: %s%s", self.other.name, reason, remedy
+            )
+        self._refused[key] = reason
 
 
 def _dense(q: torch.Tensor) -> torch.Tensor:

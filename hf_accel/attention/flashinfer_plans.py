@@ -1,23 +1,31 @@
-"""FlashInfer's wrappers for one step: which are needed, their plans, and the page tables as it reads them.
+"""FlashInfer's wrappers for one step: which are needed, and their plans.
 
-Owns every call of the library; written against 0.7.2. A wrapper is planned once for each kind of layer and step, from lengths on
+Owns every call of the library, and which of its modules may be loaded; written against 0.7.2. A wrapper is planned once for each kind of layer and step, from lengths on
 the host; only page ids stay on the device. Knows no layer.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .base import AttentionMetadata
+from .flashinfer_tables import GraphBuffers, Tables
 
-WORKSPACE_BYTES = 128 << 20
+logger = logging.getLogger(__name__)
+
+WORKSPACE_BYTES = 384 << 20  # the parts of long prefills with many heads overflow the usual 128 MiB
 PLAN_BYTES = 8 << 20  # as the library's own
 TENSOR_CORE_GROUP = 4  # query heads of a kv head from which decode pays for tensor cores
+CUDA_CORE_GROUPS = (1, 2, 3, 4, 6, 8, 16)  # that the other decode kernel exists for
+NO_COMPILER = "FLASHINFER_DISABLE_JIT"  # the library's switch
 
 
 @dataclass(frozen=True)
@@ -37,41 +45,20 @@ class Kind:
     window: int
     softcap: float
 
-    @property
-    def tensor_cores(self) -> bool:
-        """Whether decode goes through the kernel that packs the heads of a group into a matrix."""
-        return self.num_heads // self.num_kv_heads >= TENSOR_CORE_GROUP
+    def shapes(self, only_decode: bool) -> tuple[str, ...]:
+        """Wrappers that compute it, the preferred one first.
 
-
-class Tables:
-    """A step's sequences as compressed rows: offsets and lengths on the host, page ids on the device."""
-
-    def __init__(self, metadata: AttentionMetadata, page_size: int) -> None:
-        pairs = list(zip(metadata.query_lens_cpu, metadata.seq_lens_cpu, strict=True))
-        self.kept = [i for i, (query_len, _) in enumerate(pairs) if query_len]
-        query_lens, seq_lens = ([pairs[i][side] for i in self.kept] for side in (0, 1))
-        counts = [-(-n // page_size) for n in seq_lens]
-        self.qo_indptr, self.kv_indptr = _offsets(query_lens), _offsets(counts)
-        self.seq_lens = torch.tensor(seq_lens, dtype=torch.int32)
-        last = [n - (count - 1) * page_size if count else 0 for n, count in zip(seq_lens, counts)]
-        self.last_page_len = torch.tensor(last, dtype=torch.int32)
-        self.only_decode = max(query_lens, default=0) <= 1
-        self.indices = self._page_ids(metadata, page_size, sum(counts), len(pairs))
-
-    def _page_ids(self, metadata: AttentionMetadata, page_size: int, total: int, num_seqs: int) -> torch.Tensor:
-        """[total] int32, every sequence's pages in order; computed on the device, whose work nobody waits for."""
-        table, lens = metadata.page_table, metadata.seq_lens
-        if len(self.kept) < num_seqs:
-            kept = torch.tensor(self.kept).to(table.device, non_blocking=True)
-            table, lens = table[kept], lens[kept]
-        counts = (lens.long() + (page_size - 1)) // page_size
-        row = torch.repeat_interleave(counts, output_size=total)
-        column = torch.arange(total, device=table.device) - (counts.cumsum(0) - counts)[row]
-        return table[row, column].to(torch.int32)
-
-
-def _offsets(lens: Sequence[int]) -> torch.Tensor:
-    return torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        "decode_packed" is prefill's kernel, which packs the heads of a group into a matrix; it is a module of its own, which may
+        be missing where "decode" is not.
+        """
+        if not self.num_kv_heads:
+            return ("mla",)
+        if not only_decode:
+            return ("prefill",)
+        group = self.num_heads // self.num_kv_heads
+        if group < TENSOR_CORE_GROUP:
+            return ("decode",)
+        return ("decode_packed", "decode") if group in CUDA_CORE_GROUPS else ("decode_packed",)
 
 
 class Wrapper:
@@ -84,6 +71,7 @@ class Wrapper:
         self.library, self.device = library, device
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._used = False
+        self.step: object = None  # whose plan it holds
 
     def plan(self, **arguments: Any) -> None:
         if self._copied is not None and self._used:
@@ -98,6 +86,25 @@ class CaptureError(RuntimeError):
     """A plan was wanted while a graph was being captured."""
 
 
+_loading = threading.Lock()
+
+
+@contextlib.contextmanager
+def loading(*, compiles: bool) -> Iterator[None]:
+    """While open, the library may load modules, and with `compiles` also compile them, which takes minutes."""
+    with _loading:
+        before = os.environ.get(NO_COMPILER)
+        if not compiles:
+            os.environ[NO_COMPILER] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop(NO_COMPILER, None)
+            else:
+                os.environ[NO_COMPILER] = before
+
+
 class Workspaces(threading.local):
     """What the wrappers of one thread share: the library's scratch memory, and the wrappers of steps that are not captured."""
 
@@ -105,6 +112,7 @@ class Workspaces(threading.local):
         self.scratch: dict[torch.device, torch.Tensor] = {}
         self.wrappers: dict[tuple[str, Kind], Wrapper] = {}
         self.plan_buffers: dict[Kind, torch.Tensor] = {}
+        self.missing: set[tuple[str, Kind]] = set()
 
     def scratch_on(self, device: torch.device) -> torch.Tensor:
         """[WORKSPACE_BYTES] uint8, zeros before its first use as the library wants it."""
@@ -121,47 +129,42 @@ class Workspaces(threading.local):
         )
 
 
-class GraphBuffers:
-    """Tables at addresses that a captured graph reads, for a batch of `num_seqs` decode rows of up to `num_pages` each."""
-
-    def __init__(self, num_seqs: int, num_pages: int, device: torch.device) -> None:
-        def empty(size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=torch.int32, device=device)
-
-        self.qo_indptr = torch.arange(num_seqs + 1, dtype=torch.int32, device=device)
-        self.kv_indptr, self.indices = empty(num_seqs + 1), empty(num_seqs * num_pages)
-        self.last_page_len, self.seq_lens = empty(num_seqs), empty(num_seqs)
-
-    def arguments(self, shape: str) -> dict[str, Any]:
-        """As the wrapper of a "decode" or "mla" step takes them."""
-        if shape == "mla":
-            names = {"qo_indptr": self.qo_indptr, "kv_indptr": self.kv_indptr}
-            names |= {"kv_indices": self.indices, "kv_len_arr": self.seq_lens}
-        else:
-            names = {"paged_kv_indptr_buffer": self.kv_indptr, "paged_kv_indices_buffer": self.indices}
-            names |= {"paged_kv_last_page_len_buffer": self.last_page_len}
-        return {"use_cuda_graph": True, **names}
-
-
 class StepPlans:
     """The plans of one step, made when a layer first asks; of a captured step, made again before each replay."""
 
-    def __init__(self, metadata: AttentionMetadata, workspaces: Workspaces, *, graph: bool) -> None:
-        self.metadata, self.workspaces, self.graph = metadata, workspaces, graph
+    def __init__(
+        self, metadata: AttentionMetadata, workspaces: Workspaces, *, graph: bool = False, compiles: bool = True
+    ) -> None:
+        self.metadata, self.workspaces, self.graph, self.compiles = metadata, workspaces, graph, compiles
         self.device = metadata.seq_lens.device
+        self.only_decode = max(metadata.query_lens_cpu, default=0) <= 1
         self._tables: dict[int, Tables] = {}
         self._planned: dict[Kind, Wrapper] = {}
         self._buffers: dict[int, GraphBuffers] = {}
 
     def wrapper(self, kind: Kind) -> Any:
-        """The library's wrapper for layers of `kind`, planned for this step."""
+        """The library's wrapper for layers of `kind`, planned for this step. Raises whatever the library raises."""
         planned = self._planned.get(kind)
-        if planned is None:
+        if planned is None or planned.step is not self:  # another step may have planned it in between
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise CaptureError("a plan cannot be made while a graph is captured: run the step once before")
-            planned = self._plan(kind, self._wrapper_for(kind))
-            self._planned[kind] = planned
+            planned = self._planned[kind] = self._first_plan(kind)
         return planned.library
+
+    def _first_plan(self, kind: Kind) -> Wrapper:
+        shapes, missing = kind.shapes(self.only_decode), self.workspaces.missing
+        for shape in shapes:
+            if (shape, kind) in missing and shape != shapes[-1]:
+                continue
+            try:
+                with loading(compiles=self.compiles):
+                    return self._plan(kind, self._wrapper_for(shape, kind))
+            except Exception as error:
+                if shape == shapes[-1]:
+                    raise
+                missing.add((shape, kind))
+                logger.info("flashinfer decodes without tensor cores: %s: %s", type(error).__name__, error)
+        raise AssertionError("a kind has at least one shape")
 
     def refresh(self, metadata: AttentionMetadata) -> None:
         """Plan everything again for other lengths of the same rows."""
@@ -175,8 +178,7 @@ class StepPlans:
             self._tables[page_size] = Tables(self.metadata, page_size)
         return self._tables[page_size]
 
-    def _wrapper_for(self, kind: Kind) -> Wrapper:
-        shape = "mla" if not kind.num_kv_heads else ("decode" if self.tables(kind.page_size).only_decode else "prefill")
+    def _wrapper_for(self, shape: str, kind: Kind) -> Wrapper:
         if self.graph:
             return self._new(shape, kind)
         wrappers = self.workspaces.wrappers
@@ -194,11 +196,11 @@ class StepPlans:
             library = flashinfer.mla.BatchMLAPagedAttentionWrapper(
                 float_workspace_buffer=scratch, backend="auto", **own
             )
-        elif shape == "decode":
+        elif shape in ("decode", "decode_packed"):
             library = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
                 float_workspace_buffer=scratch,
                 kv_layout="HND",
-                use_tensor_cores=kind.tensor_cores,
+                use_tensor_cores=shape == "decode_packed",
                 backend="fa2",
                 **own,
             )
@@ -217,9 +219,9 @@ class StepPlans:
         return self._buffers[page_size]
 
     def _plan(self, kind: Kind, wrapper: Wrapper) -> Wrapper:
-        tables = self.tables(kind.page_size)
+        tables, wrapper.step = self.tables(kind.page_size), self
         if not kind.num_kv_heads:
-            plan_latent(wrapper, tables, kind)
+            plan_latent(wrapper, tables, kind, causal=not self.only_decode)
             return wrapper
         sizes = {"num_qo_heads": kind.num_heads, "num_kv_heads": kind.num_kv_heads, "page_size": kind.page_size}
         options = {
@@ -229,7 +231,7 @@ class StepPlans:
             "q_data_type": kind.dtype,
             "kv_data_type": kind.dtype,
         }
-        if tables.only_decode:
+        if self.only_decode:
             wrapper.plan(
                 indptr=tables.kv_indptr,
                 indices=tables.indices,
@@ -252,8 +254,8 @@ class StepPlans:
         return wrapper
 
 
-def plan_latent(wrapper: Wrapper, tables: Tables, kind: Kind) -> None:
-    """Plan latent attention: packed queries and pages, causal where a sequence has several queries."""
+def plan_latent(wrapper: Wrapper, tables: Tables, kind: Kind, *, causal: bool) -> None:
+    """Plan latent attention over packed queries and pages."""
     import flashinfer
 
     wrapper.plan(
@@ -267,7 +269,7 @@ def plan_latent(wrapper: Wrapper, tables: Tables, kind: Kind) -> None:
         head_dim_ckv=kind.head_dim,
         head_dim_kpe=kind.rope_dim,
         page_size=kind.page_size,
-        causal=not tables.only_decode,
+        causal=causal,
         sm_scale=kind.scale,
         q_data_type=kind.dtype,
         kv_data_type=kind.dtype,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 from dataclasses import dataclass, replace
 
@@ -89,6 +90,13 @@ def test_layers_of_a_kind_share_one_plan_a_step(backend):
         assert [wrapper.library.num_plans for wrapper in wrappers] == [step, step]
 
 
+def test_two_steps_whose_layers_take_turns(backend):
+    cases = [make_paged_case((1, n), (9, 30), num_kv_heads=2, group=2, head_dim=64, dtype=BF16) for n in (5, 7)]
+    steps = [(case, backend.plan(case)) for case in cases]
+    for case, metadata in [*steps, *steps]:
+        assert both(backend, case, metadata) == 0
+
+
 def test_what_it_does_not_compute_goes_to_the_other_backend(backend):
     case = make_paged_case(*DECODE, num_kv_heads=2, group=2, head_dim=64, dtype=BF16)
     assert both(backend, case, sinks=case.sinks) == 1
@@ -121,6 +129,40 @@ def test_a_library_that_fails_to_load(backend, monkeypatch, caplog):
     assert len(caplog.records) == 1 and "no compiler" in caplog.text
     mixed = make_paged_case(*MIXED, num_kv_heads=2, group=2, head_dim=128, dtype=BF16)
     assert both(automatic, mixed) == 0  # another kind of layer
+
+
+@pytest.mark.parametrize("group", [4, 5])
+def test_decode_does_without_tensor_cores_where_their_module_is_missing(backend, group, monkeypatch):
+    original = fake_flashinfer.BatchDecodeWithPagedKVCacheWrapper.plan
+
+    def plan(self, **arguments):
+        if self._tensor_cores:
+            raise OSError("no such module")
+        return original(self, **arguments)
+
+    monkeypatch.setattr(fake_flashinfer.BatchDecodeWithPagedKVCacheWrapper, "plan", plan)
+    case = make_paged_case(*DECODE, num_kv_heads=2, group=group, head_dim=64, dtype=BF16)
+    if group == 5:  # which only that module has
+        with pytest.raises(ValueError, match="no such module"):
+            both(backend, case)
+    else:
+        assert both(backend, case) == both(backend, case) == 0
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_only_a_request_by_name_may_compile(strict, monkeypatch):
+    seen = []
+    original = fake_flashinfer.BatchPrefillWithPagedKVCacheWrapper.plan
+
+    def plan(self, **arguments):
+        seen.append(os.environ.get("FLASHINFER_DISABLE_JIT"))
+        return original(self, **arguments)
+
+    monkeypatch.delenv("FLASHINFER_DISABLE_JIT", raising=False)
+    monkeypatch.setattr(fake_flashinfer.BatchPrefillWithPagedKVCacheWrapper, "plan", plan)
+    case = make_paged_case(*MIXED, num_kv_heads=2, group=2, head_dim=64, dtype=BF16)
+    assert both(FlashInferBackend(CountingBackend(), strict=strict), case) == 0
+    assert seen == [None if strict else "1"] and "FLASHINFER_DISABLE_JIT" not in os.environ
 
 
 @dataclass
