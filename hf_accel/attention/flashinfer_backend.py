@@ -79,7 +79,7 @@ class FlashInferBackend(AttentionBackend):
 
     def _metadata(self, batch: AttentionBatch, other: AttentionMetadata, *, graph: bool) -> FlashInferMetadata:
         plain = super().plan(batch)
-        plans = StepPlans(plain, self._workspaces, graph=graph, compiles=self.strict)
+        plans = StepPlans(plain, self._workspaces, graph=graph, strict=self.strict)
         lens = zip(plain.query_lens_cpu, plain.seq_lens_cpu, strict=True)
         return FlashInferMetadata(**vars(plain), plans=plans, other=other, exact=all(n <= total for n, total in lens))
 

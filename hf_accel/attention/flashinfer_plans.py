@@ -130,12 +130,15 @@ class Workspaces(threading.local):
 
 
 class StepPlans:
-    """The plans of one step, made when a layer first asks; of a captured step, made again before each replay."""
+    """The plans of one step, made when a layer first asks; of a captured step, made again before each replay.
+
+    With `strict` the library is to serve whatever it can, if need be by compiling or a slower kernel.
+    """
 
     def __init__(
-        self, metadata: AttentionMetadata, workspaces: Workspaces, *, graph: bool = False, compiles: bool = True
+        self, metadata: AttentionMetadata, workspaces: Workspaces, *, graph: bool = False, strict: bool = True
     ) -> None:
-        self.metadata, self.workspaces, self.graph, self.compiles = metadata, workspaces, graph, compiles
+        self.metadata, self.workspaces, self.graph, self.strict = metadata, workspaces, graph, strict
         self.device = metadata.seq_lens.device
         self.only_decode = max(metadata.query_lens_cpu, default=0) <= 1
         self._tables: dict[int, Tables] = {}
@@ -153,11 +156,13 @@ class StepPlans:
 
     def _first_plan(self, kind: Kind) -> Wrapper:
         shapes, missing = kind.shapes(self.only_decode), self.workspaces.missing
+        if not self.strict:
+            shapes = shapes[:1]  # the caller has kernels that are faster than the second best here
         for shape in shapes:
             if (shape, kind) in missing and shape != shapes[-1]:
                 continue
             try:
-                with loading(compiles=self.compiles):
+                with loading(compiles=self.strict):
                     return self._plan(kind, self._wrapper_for(shape, kind))
             except Exception as error:
                 if shape == shapes[-1]:

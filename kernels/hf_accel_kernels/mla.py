@@ -221,8 +221,7 @@ def mla_absorbed_attention(
         w_uk, w_uv = weights.views()
         tables = (page_table, seq_lens, query_start_loc)
         o_lat = mla_attention(mla_torch.absorb(q, w_uk), pages, *tables, scale, rank=weights.rank, scales=scales)
-        out.copy_(mla_torch.expand(o_lat, w_uv))
-        return out
+        return mla_torch.expand(o_lat, w_uv, out)
     tables = _plain_tables(page_table, seq_lens, query_start_loc)
     cpu.absorbed(q if q.stride(2) == 1 else q.contiguous(), weights, pages, *tables, scale, scales, out)
     return out
