@@ -22,7 +22,7 @@ from benchmarks.workloads import Generation, Workload, shrunk
 MAX_ROUNDS = 3
 BATCH_TOKENS = (512, 2048)
 """`max_batch_tokens` of `generate_batch` that are tried; the faster one is measured."""
-SMOKE_BATCH_TOKENS = (64,)
+SMOKE_BATCH_TOKENS = (64, 96)
 
 
 class Ours(arms.HFAccel):
@@ -43,7 +43,14 @@ def cases(ctx: Context) -> list[Case]:
         ("turns", "generate_batch_padded"),
     ):
         run = lambda ctx, workload=workload, other=other: pair(ctx, workload, other)  # noqa: E731
-        made.append(Case(f"{workload} vs {other.removeprefix('generate_batch_')}", run, limit=110, least=12))
+        made.append(
+            Case(
+                f"{workload} vs {other.removeprefix('generate_batch_')}",
+                run,
+                limit=110,
+                least=20 if ctx.device.type == "cuda" else 2,
+            )
+        )
     return made
 
 
@@ -167,20 +174,28 @@ def _padded(ctx: Context, bench: Any, workload: Workload) -> arms.Arm:
 
 
 def _tuned(ctx: Context, bench: Any, workload: Workload) -> arms.Arm:
-    """Continuous batching with the better of `BATCH_TOKENS` on a quarter of the first stage's requests."""
-    candidates = ctx.pick(BATCH_TOKENS, SMOKE_BATCH_TOKENS)
-    if len(candidates) == 1:
-        return _continuous(ctx, bench, workload, candidates[0])
-    stage = workload.stages[0]
-    part = Workload(workload.name, (stage[: max(1, len(stage) // 4)],))
-    taken: dict[int, float] = {}
-    for tokens in candidates:
-        arm = _continuous(ctx, bench, part, tokens)
-        try:
-            taken[tokens], _ = _run(ctx, arm)
-        finally:
-            arm.close()
-    return _continuous(ctx, bench, workload, min(taken, key=taken.__getitem__))
+    """Continuous batching with the better of `BATCH_TOKENS`, found on some requests of the first workload that asks."""
+    if "batch_tokens" not in ctx.cache:
+        stage = workload.stages[0]
+        part = Workload(workload.name, (stage[: max(2, len(stage) // 8)],))
+        taken: dict[int, float] = {}
+        for tokens in ctx.pick(BATCH_TOKENS, SMOKE_BATCH_TOKENS):
+            arm = _continuous(ctx, bench, part, tokens)
+            try:
+                taken[tokens], _ = _run(ctx, arm)
+            finally:
+                arm.close()
+            ctx.row(
+                f"max_batch_tokens {tokens}",
+                "s",
+                taken[tokens],
+                rounds=1,
+                mode="wall",
+                note=f"{len(part.stages[0])} requests",
+            )
+        ctx.cache["batch_tokens"] = min(taken, key=taken.__getitem__)
+    arm = _continuous(ctx, bench, workload, ctx.cache["batch_tokens"])
+    return arm
 
 
 def _continuous(ctx: Context, bench: Any, workload: Workload, tokens: int) -> arms.Arm:
