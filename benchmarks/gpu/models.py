@@ -6,12 +6,15 @@ import statistics
 
 import hf_accel
 from benchmarks.gpu import shapes
+from benchmarks.gpu.breakdown import profile_steps
 from benchmarks.gpu.context import Case, Context
 from benchmarks.gpu.steps import Rows, make_engine
 from benchmarks.gpu.timing import wall
+from benchmarks.models import BenchmarkModel
 
 CONTEXT, PREFILL = 1024, 8192
-STEPS, WARM_STEPS, STRETCHES = 32, 8, 3
+STEPS, WARM_STEPS, STRETCHES, PROFILED_STEPS = 32, 8, 3, 8
+KERNELS_SHOWN = 8
 FLAGSHIP = "llama-3-8b"
 
 
@@ -40,46 +43,69 @@ def model(ctx: Context, name: str) -> None:
         engine.shutdown()
 
 
-def decode(
-    ctx: Context, engine: hf_accel.Engine, bench: shapes.BenchmarkModel, costs: shapes.Costs, batch: int
-) -> None:
+def decode(ctx: Context, engine: hf_accel.Engine, bench: BenchmarkModel, costs: shapes.Costs, batch: int) -> None:
     """Steady steps of `batch` rows in the middle of which the context is `CONTEXT`."""
-    steps, warm = ctx.pick((STEPS, WARM_STEPS), (4, 2))
-    room = warm + STRETCHES * steps + 8
+    steps, warm, profiled = ctx.pick((STEPS, WARM_STEPS, PROFILED_STEPS), (4, 2, 2))
+    room = warm + STRETCHES * steps + profiled + 16
     context = ctx.pick(CONTEXT, 48)
     prompt_len = context - room // 2
-    starts = [37 * i for i in range(batch)]
-    rows = Rows(engine, [bench.corpus[s : s + prompt_len] for s in starts], room)
-    case, share = ctx.case, "batch 64" if batch > 1 else "batch 1"
+    model, size = ctx.case, "batch 64" if batch > 1 else "batch 1"
+    rows = Rows(engine, [bench.corpus[37 * i : 37 * i + prompt_len] for i in range(batch)], room)
     try:
-        ctx.case = f"{case}: prompts of {share}"
-        seconds = rows.prefill(ctx.device)
-        ctx.row(
-            "hf_accel", "tokens/s", batch * prompt_len / seconds, rounds=1, note=f"{batch} x {prompt_len}, first run"
-        )
+        ctx.case = f"{model}: prompts of {size}"
+        rate = batch * prompt_len / rows.prefill(ctx.device)
+        ctx.row("hf_accel", "tokens/s", rate, rounds=1, note=f"{batch} x {prompt_len}, first run")
         rows.decode(warm, ctx.device)
+        ctx.case = f"{model}: step, {size}"
         stretches = [rows.decode(steps, ctx.device) for _ in range(STRETCHES)]
-    finally:
-        rows.close()
-        ctx.case = case
-    ms = statistics.median(s.ms for s in stretches)
-    target = f"llama_8b_step_{64 if batch > 1 else 1}" if case == FLAGSHIP else None
-    ctx.case = f"{case}: step, {share}"
-    ctx.row(
-        "hf_accel", "ms", ms, rounds=STRETCHES, mode="wall", target_name=target, note=f"context {context}",
-        **ctx.floor(*costs.step(batch, context), ms),
-    )  # fmt: skip
-    idle = [s.idle_share for s in stretches if s.idle_share is not None]
-    if batch > 1:
+        ms = statistics.median(s.ms for s in stretches)
+        target = f"llama_8b_step_{64 if batch > 1 else 1}" if model == FLAGSHIP else None
+        floor = ctx.floor(*costs.step(batch, context), ms)
         ctx.row(
-            "hf_accel", "idle share", statistics.median(idle) if idle else None, rounds=len(idle),
-            target_name="idle_share_64" if case == FLAGSHIP else None,
-            status="ok" if idle else "not there", note="" if idle else "EngineStats.device_idle_share",
-        )  # fmt: skip
-    ctx.case = case
+            "hf_accel", "ms", ms, rounds=STRETCHES, mode="wall", target_name=target, note=f"context {context}", **floor
+        )
+        if batch > 1:
+            idle(
+                ctx,
+                rows,
+                profiled,
+                ms,
+                [s.idle_share for s in stretches],
+                "idle_share_64" if model == FLAGSHIP else None,
+            )
+    finally:
+        ctx.case = model
+        rows.close()
 
 
-def prefill(ctx: Context, engine: hf_accel.Engine, bench: shapes.BenchmarkModel, costs: shapes.Costs) -> None:
+def idle(ctx: Context, rows: Rows, num_steps: int, ms: float, shares: list[float | None], target: str | None) -> None:
+    """The device's idle share, as the engine counts it and as the profiler sees it, and the kernels of a step.
+
+    The target is judged by the profiler, which knows nothing of the engine; without one, by the engine's own count.
+    """
+    try:
+        found = profile_steps(lambda: rows.decode(num_steps, ctx.device), num_steps, ctx.device)
+        reason = "" if found.busy_ms else "the profiler saw no kernels"
+    except Exception as error:
+        found, reason = None, f"{type(error).__name__}: {error}"
+    seen = found is not None and not reason
+    known = [share for share in shares if share is not None]
+    ctx.row(
+        "EngineStats", "idle share", statistics.median(known) if known else None, rounds=len(known),
+        target_name=None if seen else target, status="ok" if known else "not there",
+        note="" if known else "device_idle_share",
+    )  # fmt: skip
+    if found is None or reason:
+        ctx.row("profiler", "idle share", status="not there", note=reason)
+        return
+    note = f"busy {found.busy_ms:.3g} ms"
+    ctx.row("profiler", "idle share", found.idle_share(ms), rounds=1, target_name=target, note=note)
+    ctx.case += ", kernels"
+    for name, kernel_ms in found.kernels.most_common(KERNELS_SHOWN):
+        ctx.row(name, "ms", kernel_ms, share=kernel_ms / found.busy_ms, rounds=num_steps)
+
+
+def prefill(ctx: Context, engine: hf_accel.Engine, bench: BenchmarkModel, costs: shapes.Costs) -> None:
     """One long prompt and one token of answer; each round another prompt."""
     length, rounds = ctx.pick((PREFILL, 4), (64, 2))
     params = hf_accel.SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
