@@ -153,13 +153,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_stamp(device: str, command: str) -> dict[str, Any]:
     """The card, the software, the moment; without a CUDA context in this process."""
-    card, driver = _smi("name") if device.startswith("cuda") else "CPU", _smi("driver_version")
+    import torch
+
+    on_gpu = device.startswith("cuda")
+    card = (_smi("name") or torch.cuda.get_device_name()) if on_gpu else "CPU"
     versions = {name: _version(package) for name, package in _PACKAGES.items()}
     return {
         "card": card,
-        "driver": driver if device.startswith("cuda") else "",
+        "driver": _smi("driver_version") if on_gpu else "",
         **versions,
-        "cuda": _cuda_version(),
+        "cuda": torch.version.cuda or "",
         "hf_accel": hf_accel.__version__,
         "python": platform.python_version(),
         "git_sha": _git("describe", "--always", "--dirty"),
@@ -184,7 +187,11 @@ def slug(card: str) -> str:
 
 
 def _has_gpu() -> bool:
-    return bool(_smi("name"))
+    if _smi("name"):
+        return True
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _smi(field: str) -> str:
@@ -208,12 +215,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "" if importlib.util.find_spec(package.removesuffix("-python")) is None else "unknown"
-
-
-def _cuda_version() -> str:
-    import torch
-
-    return torch.version.cuda or ""
 
 
 if __name__ == "__main__":

@@ -133,6 +133,18 @@ def test_targets_take_the_best_own_form_and_mark_what_is_missing() -> None:
     assert found["nano_vs_padded"]["status"] == "not measured" and "met" not in found["nano_vs_padded"]
 
 
+def test_without_time_everything_is_skipped_and_said_so(tmp_path: Path) -> None:
+    from benchmarks import gpu_suite, results
+
+    path = tmp_path / "none.csv"
+    options = ["--smoke", "--in-process", "--device", "cpu", "--budget", "0.01", "--csv", str(path)]
+    assert gpu_suite.main([*options, "--only", "kernels", "models"]) == 0
+    rows = [r for r in results.read(path) if r["case"] != "whole section"]
+    assert {r["section"] for r in rows} == {"targets", "ceilings", "kernels", "models"}
+    assert {r["status"] for r in rows if r["section"] != "targets"} == {"skipped"}
+    assert {r["status"] for r in rows if r["section"] == "targets"} == {"not measured"}
+
+
 _SECTION = """
 import os, time
 from benchmarks.gpu.context import Case, NotThere

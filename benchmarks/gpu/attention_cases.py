@@ -11,7 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.gpu import flashinfer_forms
 from benchmarks.gpu.context import Context
-from benchmarks.gpu.kernel_case import Form, Problem
+from benchmarks.gpu.kernel_case import Form, Problem, with_hints
 from benchmarks.gpu.timing import num_sets
 from hf_accel_kernels import ops, torch_attention
 
@@ -90,8 +90,14 @@ def _problem(x: PagedInputs) -> Problem:
 
     @problem.form("hf_accel")
     def ours() -> Form:
-        out = torch.empty_like(x.q[0])
-        return Form(lambda i: ops.paged_attention(*x.arguments(i), x.scale, out=out))
+        out, longest = torch.empty_like(x.q[0]), max(x.query_lens_cpu)
+        op = with_hints(
+            ops.paged_attention,
+            num_decode_rows=len(x.query_lens_cpu) if longest == 1 else 0,
+            max_query_len=longest,
+            max_seq_len=max(x.seq_lens_cpu),
+        )
+        return Form(lambda i: op(*x.arguments(i), x.scale, out=out))
 
     @problem.form("torch")
     def plain() -> Form:

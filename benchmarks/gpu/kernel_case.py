@@ -5,7 +5,9 @@ To add a kernel: a function of the context that returns a `Problem`, and a line 
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +73,12 @@ def find(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise NotThere(f"{module}.{name}: {error}") from error
+
+
+def with_hints(op: Callable[..., Any], **hints: Any) -> Callable[..., Any]:
+    """The op with those of the hints (host-known bounds of a step) that its signature has."""
+    known = inspect.signature(op).parameters
+    return functools.partial(op, **{name: value for name, value in hints.items() if name in known})
 
 
 def error_of(got: torch.Tensor, wanted: torch.Tensor) -> float:

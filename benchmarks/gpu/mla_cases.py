@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu import flashinfer_forms
 from benchmarks.gpu.context import Context
-from benchmarks.gpu.kernel_case import Form, Problem
+from benchmarks.gpu.kernel_case import Form, Problem, with_hints
 from benchmarks.gpu.timing import num_sets
 from hf_accel_kernels import mla, mla_torch
 
@@ -86,10 +86,11 @@ def decode(ctx: Context, num_heads: int, fp8: bool = False, page_size: int = 16)
     @problem.form("hf_accel")
     def ours() -> Form:
         out = torch.empty_like(in_torch)
+        op = with_hints(mla.mla_attention, num_decode_rows=num_seqs, max_query_len=1, max_seq_len=seq_len)
 
         def call(i: int) -> torch.Tensor:
             scales = None if x.scales is None else x.scales[i]
-            return mla.mla_attention(*x.arguments(i), x.scale, rank=x.rank, scales=scales, out=out)
+            return op(*x.arguments(i), x.scale, rank=x.rank, scales=scales, out=out)
 
         return Form(call)
 

@@ -1,4 +1,4 @@
-"""Overlap and CUDA graphs, each on and off: engines side by side on models of the same weights, in interleaved stretches."""
+"""Overlap and CUDA graphs, each on and off, and attention backends by name: engines side by side on models of the same weights, in interleaved stretches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from benchmarks.gpu import shapes
 from benchmarks.gpu.context import Case, Context
 from benchmarks.gpu.steps import Rows, Stretch, make_engine
-from hf_accel.config import EngineConfig
+from hf_accel.config import ATTENTION_BACKENDS, EngineConfig
 
 SWITCHES = ("overlap", "cuda_graphs")
+BACKENDS = ("triton", "flashinfer")
 STRETCHES, STEPS, CONTEXT = 3, 32, 512
 
 
@@ -24,7 +25,7 @@ def cases(ctx: Context) -> list[Case]:
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    """Everything on, then each switch of this checkout off alone, then all off."""
+    """Everything on, each switch of this checkout off alone, all off, then each attention backend of a GPU."""
     known = {f.name for f in dataclasses.fields(EngineConfig)} & set(SWITCHES)
     have = [name for name in SWITCHES if name in known]
     made: dict[str, dict[str, Any]] = {"on": {}}
@@ -32,7 +33,8 @@ def variants() -> dict[str, dict[str, Any]]:
         made[f"no {name}"] = {name: False}
     if len(have) > 1:
         made["off"] = dict.fromkeys(have, False)
-    return made
+    named = [name for name in BACKENDS if name in ATTENTION_BACKENDS]
+    return made | {f"attention {name}": {"attention_backend": name} for name in named}
 
 
 def compare(ctx: Context, name: str, batch: int) -> None:
@@ -49,7 +51,11 @@ def compare(ctx: Context, name: str, batch: int) -> None:
         for variant, options in variants().items():
             bench = shapes.make(name, ctx.device, ctx.dtype, ctx.smoke)
             fixed = {"max_num_seqs": batch, "enable_prefix_cache": False, "memory_fraction": 0.2}
-            engine = make_engine(bench.model, **fixed, **options)
+            try:
+                engine = make_engine(bench.model, **fixed, **options)
+            except ValueError as reason:
+                ctx.row(variant, "ms", status="not there", note=str(reason))
+                continue
             rows = Rows(engine, [bench.corpus[37 * i : 37 * i + context] for i in range(batch)], room)
             running[variant] = rows
             rows.prefill(ctx.device)
