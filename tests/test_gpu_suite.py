@@ -186,7 +186,7 @@ def test_a_section_survives_what_its_cases_do(tmp_path: Path, monkeypatch: pytes
 
 def test_an_op_that_writes_garbage_is_called_wrong() -> None:
     from benchmarks.gpu.context import Ceilings, Context
-    from benchmarks.gpu.kernel_case import Form, Problem, error_of, measure
+    from benchmarks.gpu.kernel_case import Form, Problem, error_of, find, measure
 
     rows: list[dict[str, Any]] = []
     ctx = Context("kernels", torch.device("cpu"), True, Ceilings(1e9, 1e9), time.monotonic() + 60, rows.append, "case")
@@ -195,8 +195,10 @@ def test_an_op_that_writes_garbage_is_called_wrong() -> None:
     problem.form("right")(lambda: Form(lambda i: x * 2 + 1e-7))
     problem.form("wrong")(lambda: Form(lambda i: x * 2.01))
     problem.form("nan")(lambda: Form(lambda i: x * torch.nan))
+    problem.form("raises")(lambda: Form(lambda i: x @ torch.ones(3)))
+    problem.form("absent")(lambda: Form(find("hf_accel_kernels.ops", "no_such_op")))
     measure(ctx, problem)
-    assert [r["status"] for r in rows] == ["ok", "wrong", "wrong"]
+    assert [r["status"] for r in rows] == ["ok", "wrong", "wrong", "failed", "not there"]
     infinite = torch.tensor([1.0, -torch.inf])
     assert error_of(infinite, infinite) == 0 and error_of(infinite, torch.tensor([-torch.inf, 1.0])) == math.inf
     assert error_of(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25

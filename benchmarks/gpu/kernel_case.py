@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.context import Context, NotThere
+from benchmarks.gpu.isolation import describe
 from benchmarks.gpu.timing import Call, time_call
 
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -107,18 +108,17 @@ def measure(ctx: Context, problem: Problem, target: str = "") -> None:
         try:
             form = make()
             got = form.result() if form.result else form.call(0)
+            error = (problem.judge or error_of)(got, wanted)
+            del got
+            timing = time_call(form.call, problem.sets, ctx.device, seconds=ctx.pick(0.25, 0.01), capture=form.capture)
         except (NotThere, ImportError, AttributeError) as reason:
             ctx.row(name, "ms", status="not there", note=str(reason)[:200])
-            continue
-        except Exception as error:
-            if "CUDA error" in str(error):
+        except Exception as reason:
+            if "CUDA error" in str(reason):  # nothing after it would be right
                 raise
-            ctx.row(name, "ms", status="failed", note=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            continue
-        error = (problem.judge or error_of)(got, wanted)
-        del got
-        timing = time_call(form.call, problem.sets, ctx.device, seconds=ctx.pick(0.25, 0.01), capture=form.capture)
-        ctx.row(
-            name, "ms", timing.ms, error=error, rounds=timing.rounds, mode=timing.mode, target_name=target or None,
-            status="ok" if error <= limit else "wrong", **ctx.floor(problem.num_bytes, problem.flops, timing.ms),
-        )  # fmt: skip
+            ctx.row(name, "ms", status="failed", note=describe(reason))
+        else:
+            ctx.row(
+                name, "ms", timing.ms, error=error, rounds=timing.rounds, mode=timing.mode, target_name=target or None,
+                status="ok" if error <= limit else "wrong", **ctx.floor(problem.num_bytes, problem.flops, timing.ms),
+            )  # fmt: skip

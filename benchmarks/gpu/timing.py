@@ -51,10 +51,8 @@ def time_call(
     if capture:
         try:
             return _time_graph(call, sets, seconds, max_rounds)
-        except RuntimeError as error:
-            if "captur" not in str(error):
-                raise
-            torch.cuda.synchronize()
+        except RuntimeError:  # in whatever words a library refuses to be captured
+            torch.cuda.synchronize()  # raises if it was worse than that
     return _time_events(call, sets, seconds, max_rounds)
 
 
