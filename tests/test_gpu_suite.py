@@ -96,7 +96,7 @@ def test_models_workloads_and_latencies(smoke: list[dict[str, str]]) -> None:
             assert {r["error"] for r in rates.values()} == {"0"}  # fp32: outputs equal, each as long as wanted
             expected = float(rates["hf_accel"]["value"]) / float(theirs["value"])
             assert float(ratio["value"]) == pytest.approx(expected, rel=5e-3)
-    assert of("switches", form="on", metric="ms")
+    assert of("switches", form="default", metric="ms")
     for what in ("ttft", "itl"):
         p50, p95, p99 = (
             float(of("latency", case="load 0.8", metric=f"{what} p{p} ms")[0]["value"]) for p in (50, 95, 99)

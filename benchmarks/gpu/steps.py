@@ -1,6 +1,7 @@
 """An engine in a steady state: a batch of rows that decode, timed over a stretch of steps.
 
-The only place of the suite that looks behind `Engine`'s public calls: tokens of requests that still run.
+The only place of the suite that looks behind `Engine`'s public calls: tokens of requests that still run,
+and the count of the device's idle time.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Rows:
         before = [len(new_tokens(self.engine, i)) for i in self.ids]
         if max(before) + num_steps + 2 > self.room:
             raise RuntimeError(f"{num_steps} steps do not fit in {self.room} tokens a row")
-        reset_idle_share(self.engine)
+        counted = device_seconds(self.engine)
 
         def steps() -> None:
             for _ in range(num_steps):
@@ -73,7 +74,7 @@ class Rows:
         made = sum(len(new_tokens(self.engine, i)) - n for i, n in zip(self.ids, before, strict=True))
         if abs(made - num_steps * self.num_rows) > self.num_rows:  # results may come one step late
             raise RuntimeError(f"{num_steps} steps of {self.num_rows} rows gave {made} tokens: not steady")
-        return Stretch(1000 * seconds / num_steps, idle_share(self.engine), num_steps)
+        return Stretch(1000 * seconds / num_steps, idle_share(self.engine, counted), num_steps)
 
     def close(self) -> None:
         """Abort the rows and drop their pages."""
@@ -84,16 +85,19 @@ class Rows:
         self.engine.flush_cache()
 
 
-def idle_share(engine: Any) -> float | None:
-    """The device's idle share as the engine's stats have it; None where they do not."""
-    return getattr(engine.stats(), "device_idle_share", None)
+def device_seconds(engine: Any) -> tuple[float, float] | None:
+    """(busy, idle) seconds that the engine has counted so far; None where it counts none."""
+    meter = getattr(getattr(engine.core.executor, "queue", None), "meter", None)
+    return None if meter is None else meter.seconds
 
 
-def reset_idle_share(engine: Any) -> None:
-    """Begin the count of idle time anew, where the engine can."""
-    reset = getattr(engine, "reset_idle_share", None)
-    if reset is not None:
-        reset()
+def idle_share(engine: Any, before: tuple[float, float] | None) -> float | None:
+    """The device's idle share since `before`; that of the engine's whole life where only its stats tell it; else None."""
+    now = device_seconds(engine)
+    if now is None or before is None:
+        return getattr(engine.stats(), "device_idle_share", None)
+    busy, idle = now[0] - before[0], now[1] - before[1]
+    return idle / (busy + idle) if busy + idle > 0 else None
 
 
 def make_engine(model: Any, **options: Any) -> Any:
