@@ -29,7 +29,7 @@ def op(name: str) -> Callable[..., Any]:
     for module in pkgutil.iter_modules(hf_accel_kernels.__path__, "hf_accel_kernels."):
         if not module.ispkg and "reference" not in module.name:
             found = getattr(importlib.import_module(module.name), name, None)
-            if found is not None:
+            if callable(found):  # a module may have the op's name
                 return found
     raise NotThere(f"hf_accel_kernels has no {name}")
 
@@ -134,7 +134,9 @@ def rope_and_store(ctx: Context, num_tokens: int) -> Problem:
     k_pages, v_pages = (torch.zeros(sets, num_pages, num_kv_heads, PAGE_SIZE, head_dim, **where) for _ in range(2))
     slots = torch.randperm(num_pages * PAGE_SIZE, device=ctx.device)[:num_tokens]
     angles = torch.rand(num_tokens, head_dim // 2, device=ctx.device) * 6
-    cos, sin = (torch.cat((f(angles), f(angles)), -1).to(ctx.dtype) for f in (torch.cos, torch.sin))
+    tables = [torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin)]  # float32, a row a position
+    positions = torch.arange(num_tokens, device=ctx.device)
+    cos, sin = (table.to(ctx.dtype) for table in tables)
 
     def heads(i: int) -> tuple[torch.Tensor, ...]:
         split = qkv[i].view(num_tokens, -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), 1)
@@ -158,7 +160,7 @@ def rope_and_store(ctx: Context, num_tokens: int) -> Problem:
         call = op("rope_and_store")
 
         def run(i: int) -> torch.Tensor:
-            return call(*heads(i), cos, sin, k_pages[i], v_pages[i], slots)
+            return call(*heads(i), positions, *tables, k_pages[i], v_pages[i], slots)
 
         return Form(run, result=lambda: compared(run))
 
