@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 POLICIES = ("fcfs", "lpm", "priority")
-ATTENTION_BACKENDS = ("auto", "cpu", "torch")
+ATTENTION_BACKENDS = ("auto", "cpu", "torch", "triton")
 KV_CACHE_DTYPES = ("auto", "fp8")
 
 
@@ -39,7 +39,7 @@ class EngineConfig:
         max_prefill_chunk: most tokens of one request in one step; None means the whole step budget.
         policy: order of the waiting queue: "fcfs", "lpm" (longest prefix match first) or "priority".
         enable_prefix_cache: share KV between requests with a common prefix.
-        attention_backend: "auto", "cpu" (the C++ op) or "torch".
+        attention_backend: "auto", "cpu" (the C++ op), "triton" (CUDA) or "torch".
         kv_cache_dtype: "auto" (the model's own) or "fp8" (e4m3 with scales for each token; MLA models only, approximate).
         fused: run plain dense Llama-like models through the fused CPU decoder where it applies.
         pack_weights: keep a second, pre-packed copy of plain dense weights for fast CPU matrix products:

@@ -25,6 +25,8 @@ def why_not(device: torch.device) -> str:
     """ "" where Triton kernels run on `device`, else the reason in words."""
     if device.type != "cuda":
         return f"Triton kernels need a CUDA device, not {device.type}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if capability(device) < LOWEST_CAPABILITY:
