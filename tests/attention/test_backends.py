@@ -79,7 +79,13 @@ def test_torch_decode_batch_matches_reference_on_cpu(monkeypatch: pytest.MonkeyP
         out = torch.zeros(case.q.shape)
         decode, starts = [0, 1, 3], [0, 1, 2, 7, 8]
         torch_attention._attend_decode_batch(
-            *case.arguments()[:5], decode, starts, case.seq_lens_cpu, window, (case.scale, 0.0, None), out
+            *case.arguments()[:5],
+            decode,
+            starts,
+            case.seq_lens_cpu,
+            torch_attention.Options(case.scale, window),
+            out,
+            None,
         )
         expected = reference.paged_attention(*case.arguments(), case.scale, sliding_window=window)
         rows = [0, 1, 7]
