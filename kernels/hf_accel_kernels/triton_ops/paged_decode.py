@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 
 from .launch import launch, num_processors
-from .paged_tiles import LN2, LOWEST, as_bytes, attend_tiles, logits_of, page_options, positive_scale
+from .paged_tiles import (
+    LN2,
+    LOWEST,
+    as_bytes,
+    attend_tiles,
+    finish_softmax,
+    load_queries,
+    logits_of,
+    page_options,
+    positive_scale,
+    start_softmax,
+)
 
 MOST_SPLITS = 64
 SHORTEST_SPLIT = 128  # tokens
@@ -59,8 +70,7 @@ def paged_decode(
     head_blocks = num_kv_heads * triton.cdiv(group, block_h)
     places = WAVES * RESIDENT * num_processors(q.device)
     longest = min(max_seq_len, sliding_window + block_n) if sliding_window else max_seq_len
-    num_splits = max(1, min(MOST_SPLITS, triton.cdiv(2 * places, max(1, num_seqs * head_blocks))))
-    num_splits = max(1, min(num_splits, triton.cdiv(longest, SHORTEST_SPLIT)))
+    num_splits = _num_splits(longest, num_seqs * head_blocks, places)
     split = num_splits > 1
     parts, part_lse, num_parts = out, out, seq_lens  # unused without splits
     if split:
@@ -73,107 +83,41 @@ def paged_decode(
     ends = (sinks if has_sinks else q, out, out_lse if has_lse else q)
     strides = (*out.stride()[:2], out_lse.stride(0) if has_lse else 0)
     launch(
-        _decode_kernel,
-        (head_blocks, num_splits, num_seqs),
-        q,
-        as_bytes(k_pages),
-        as_bytes(v_pages),
-        q if k_scales is None else k_scales,
-        q if v_scales is None else v_scales,
-        page_table,
-        seq_lens,
-        *ends,
-        parts,
-        part_lse,
-        num_parts,
-        num_seqs,
-        num_kv_heads,
-        num_splits,
-        max(1, places // head_blocks),
-        *q.stride()[:2],
-        page_table.stride(0),
-        *strides,
-        logits.qk_scale,
-        logits.unit,
-        logits.cap,
-        sliding_window,
-        GROUP=group,
-        BLOCK_H=block_h,
-        BLOCK_N=block_n,
-        SHORTEST=SHORTEST_SPLIT,
-        HAS_WINDOW=sliding_window > 0,
-        HAS_CAP=softcap > 0,
-        HAS_SINKS=has_sinks and not split,
-        HAS_LSE=has_lse and not split,
-        SPLIT=split,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        **options,
-    )
+        _decode_kernel, (head_blocks, num_splits, num_seqs),
+        q, as_bytes(k_pages), as_bytes(v_pages), q if k_scales is None else k_scales, q if v_scales is None else v_scales,
+        page_table, seq_lens, *ends, parts, part_lse, num_parts,
+        num_seqs, num_kv_heads, num_splits, max(1, places // head_blocks),
+        *q.stride()[:2], page_table.stride(0), *strides, logits.qk_scale, logits.unit, logits.cap, sliding_window,
+        GROUP=group, BLOCK_H=block_h, BLOCK_N=block_n, SHORTEST=SHORTEST_SPLIT,
+        HAS_WINDOW=sliding_window > 0, HAS_CAP=softcap > 0, HAS_SINKS=has_sinks and not split, HAS_LSE=has_lse and not split,
+        SPLIT=split, num_warps=num_warps, num_stages=num_stages, **options,
+    )  # fmt: skip
     if split:
+        dims = {"V_DIM": options["V_DIM"], "BLOCK_V": options["BLOCK_V"], "BLOCK_S": 8}
         launch(
-            _merge_splits_kernel,
-            (num_heads, num_seqs),
-            parts,
-            part_lse,
-            num_parts,
-            *ends,
-            num_splits,
-            *strides,
-            HAS_SINKS=has_sinks,
-            HAS_LSE=has_lse,
-            V_DIM=options["V_DIM"],
-            BLOCK_V=options["BLOCK_V"],
-            BLOCK_S=8,
-            num_warps=2,
-        )
+            _merge_splits_kernel, (num_heads, num_seqs),
+            parts, part_lse, num_parts, *ends, num_splits, *strides,
+            HAS_SINKS=has_sinks, HAS_LSE=has_lse, **dims, num_warps=2,
+        )  # fmt: skip
+
+
+def _num_splits(longest: int, num_blocks: int, places: int) -> int:
+    """Splits that a sequence may have at most, when `num_blocks` programs would walk the whole of all sequences."""
+    by_places = triton.cdiv(2 * places, max(1, num_blocks))
+    return max(1, min(MOST_SPLITS, by_places, triton.cdiv(longest, SHORTEST_SPLIT)))
 
 
 @triton.jit(do_not_specialize=["num_seqs", "max_splits", "places", "table_stride"])  # a step's: no new code for them
 def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    table_ptr,
-    seq_lens_ptr,
-    sinks_ptr,
-    out_ptr,
-    lse_ptr,
-    parts_ptr,
-    part_lse_ptr,
-    num_parts_ptr,
-    num_seqs,
-    num_kv_heads,
-    max_splits,
-    places,
-    q_token_stride,
-    q_head_stride,
-    table_stride,
-    out_token_stride,
-    out_head_stride,
-    lse_stride,
-    qk_scale,
-    unit,
-    cap,
-    window,
-    GROUP: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SHORTEST: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table_ptr, seq_lens_ptr, sinks_ptr, out_ptr, lse_ptr,
+    parts_ptr, part_lse_ptr, num_parts_ptr, num_seqs, num_kv_heads, max_splits, places,
+    q_token_stride, q_head_stride, table_stride, out_token_stride, out_head_stride, lse_stride,
+    qk_scale, unit, cap, window,
+    GROUP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, SHORTEST: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, SPLIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
     FP8: tl.constexpr,
-):
+):  # fmt: skip
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(0) // HEAD_BLOCKS
     split = tl.program_id(1)
@@ -199,50 +143,17 @@ def _decode_kernel(
     head_rows = tl.program_id(0) % HEAD_BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
     row_mask = head_rows < GROUP
     heads = kv_head * GROUP + head_rows
-    dims = tl.arange(0, BLOCK_D)
-    q_pointers = q_ptr + seq * q_token_stride + heads[:, None] * q_head_stride + dims[None, :]
-    q = tl.load(q_pointers, mask=row_mask[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
-    row_max = tl.full([BLOCK_H], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_H], tl.float32)
-    if HAS_SINKS:
-        row_max = tl.load(sinks_ptr + heads, mask=row_mask, other=0.0) / LN2
-        row_sum += 1.0
-    acc = tl.zeros([BLOCK_H, BLOCK_V], tl.float32)
+    places_of_q = tl.zeros([BLOCK_H], tl.int64) + seq
+    q = load_queries(q_ptr, places_of_q, heads, row_mask, q_token_stride, q_head_stride, HEAD_DIM, BLOCK_D)
+    row_max, row_sum, acc = start_softmax(sinks_ptr, heads, row_mask, HAS_SINKS, BLOCK_H, BLOCK_V)
+    positions = tl.full([BLOCK_H], seq_len - 1, tl.int32)
     row_max, row_sum, acc = attend_tiles(
-        q,
-        row_max,
-        row_sum,
-        acc,
-        begin,
-        end,
-        first,
-        end,
-        tl.full([BLOCK_H], seq_len - 1, tl.int32),
-        k_ptr,
-        v_ptr,
-        k_scales_ptr,
-        v_scales_ptr,
-        table_ptr + seq * table_stride,
-        kv_head,
-        num_kv_heads,
-        qk_scale,
-        unit,
-        cap,
-        window,
-        True,
-        HAS_WINDOW,
-        HAS_CAP,
-        FP8,
-        HEAD_DIM,
-        V_DIM,
-        BLOCK_D,
-        BLOCK_V,
-        PAGE_SIZE,
-        BLOCK_N,
-    )
-    some = tl.where(row_sum == 0.0, 1.0, row_sum)
-    result = acc / some[:, None]
-    lse = tl.where(row_sum == 0.0, -float("inf"), row_max + tl.log2(some))
+        q, row_max, row_sum, acc, begin, end, first, end, positions,
+        k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table_ptr + seq * table_stride, kv_head, num_kv_heads,
+        qk_scale, unit, cap, window,
+        True, HAS_WINDOW, HAS_CAP, FP8, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, BLOCK_N,
+    )  # fmt: skip
+    result, lse = finish_softmax(row_max, row_sum, acc)
     values = tl.arange(0, BLOCK_V)
     keep = row_mask[:, None] & (values[None, :] < V_DIM)
     if SPLIT:
@@ -258,16 +169,9 @@ def _decode_kernel(
 
 @triton.jit
 def _split_length(
-    seq_lens_ptr,
-    num_seqs,
-    span,
-    window,
-    max_splits,
-    places,
-    HAS_WINDOW: tl.constexpr,
-    SHORTEST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    seq_lens_ptr, num_seqs, span, window, max_splits, places,
+    HAS_WINDOW: tl.constexpr, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Tokens of each split of a sequence: whole tiles, an even share of all sequences' tokens where max_splits allows."""
     total = tl.zeros([128], tl.int32)
     for start in range(0, num_seqs, 128):
@@ -281,22 +185,10 @@ def _split_length(
 
 @triton.jit(do_not_specialize=["max_splits"])
 def _merge_splits_kernel(
-    parts_ptr,
-    part_lse_ptr,
-    num_parts_ptr,
-    sinks_ptr,
-    out_ptr,
-    lse_ptr,
-    max_splits,
-    out_token_stride,
-    out_head_stride,
-    lse_stride,
-    HAS_SINKS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+    parts_ptr, part_lse_ptr, num_parts_ptr, sinks_ptr, out_ptr, lse_ptr,
+    max_splits, out_token_stride, out_head_stride, lse_stride,
+    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     num_parts = tl.load(num_parts_ptr + seq)

@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from .launch import capability, launch
-from .paged_tiles import LN2, LOWEST, as_bytes, attend_tiles, logits_of, page_options, positive_scale
+from .paged_tiles import (
+    LN2,
+    as_bytes,
+    attend_tiles,
+    finish_softmax,
+    load_queries,
+    logits_of,
+    page_options,
+    positive_scale,
+    start_softmax,
+)
 
 # capability -> widest of BLOCK_D, BLOCK_V -> (BLOCK_M, BLOCK_N, num_warps, num_stages). Five stages keep two tiles on their
 # way behind the page table (three keep one): on Hopper, where one block fills a multiprocessor, nothing else hides the loads.
@@ -64,41 +74,16 @@ def paged_prefill(
     q, scale = positive_scale(q, scale)
     logits = logits_of(scale, softcap)
     launch(
-        _prefill_kernel,
-        (num_kv_heads, num_tokens * group // block_m + 1 + num_seqs),
-        q,
-        as_bytes(k_pages),
-        as_bytes(v_pages),
-        q if k_scales is None else k_scales,
-        q if v_scales is None else v_scales,
-        page_table,
-        seq_lens,
-        query_start_loc,
-        q if sinks is None else sinks,
-        out,
-        q if out_lse is None else out_lse,
-        first_seq,
-        num_seqs,
-        num_kv_heads,
-        *q.stride()[:2],
-        page_table.stride(0),
-        *out.stride()[:2],
-        0 if out_lse is None else out_lse.stride(0),
-        logits.qk_scale,
-        logits.unit,
-        logits.cap,
-        sliding_window,
-        GROUP=group,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        HAS_WINDOW=sliding_window > 0,
-        HAS_CAP=softcap > 0,
-        HAS_SINKS=sinks is not None,
-        HAS_LSE=out_lse is not None,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        **options,
-    )
+        _prefill_kernel, (num_kv_heads, num_tokens * group // block_m + 1 + num_seqs),
+        q, as_bytes(k_pages), as_bytes(v_pages), q if k_scales is None else k_scales, q if v_scales is None else v_scales,
+        page_table, seq_lens, query_start_loc, q if sinks is None else sinks, out, q if out_lse is None else out_lse,
+        first_seq, num_seqs, num_kv_heads,
+        *q.stride()[:2], page_table.stride(0), *out.stride()[:2], 0 if out_lse is None else out_lse.stride(0),
+        logits.qk_scale, logits.unit, logits.cap, sliding_window,
+        GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n,
+        HAS_WINDOW=sliding_window > 0, HAS_CAP=softcap > 0, HAS_SINKS=sinks is not None, HAS_LSE=out_lse is not None,
+        num_warps=num_warps, num_stages=num_stages, **options,
+    )  # fmt: skip
 
 
 def _config(q: torch.Tensor, width: int, most_rows: int) -> tuple[int, int, int, int]:
@@ -114,44 +99,13 @@ def _config(q: torch.Tensor, width: int, most_rows: int) -> tuple[int, int, int,
 
 @triton.jit(do_not_specialize=["first_seq", "num_seqs", "table_stride"])  # a step's: no new code for them
 def _prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    table_ptr,
-    seq_lens_ptr,
-    starts_ptr,
-    sinks_ptr,
-    out_ptr,
-    lse_ptr,
-    first_seq,
-    num_seqs,
-    num_kv_heads,
-    q_token_stride,
-    q_head_stride,
-    table_stride,
-    out_token_stride,
-    out_head_stride,
-    lse_stride,
-    qk_scale,
-    unit,
-    cap,
-    window,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    FP8: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table_ptr, seq_lens_ptr, starts_ptr, sinks_ptr, out_ptr, lse_ptr,
+    first_seq, num_seqs, num_kv_heads, q_token_stride, q_head_stride, table_stride, out_token_stride, out_head_stride, lse_stride,
+    qk_scale, unit, cap, window,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, FP8: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
+):  # fmt: skip
     kv_head = tl.program_id(0)
     starts_ptr += first_seq
     tile = tl.num_programs(1) - 1 - tl.program_id(1) + tl.load(starts_ptr) * GROUP // BLOCK_M
@@ -168,22 +122,13 @@ def _prefill_kernel(
     row_mask = tokens < query_len
     heads = kv_head * GROUP + rows % GROUP
     places = (start + tokens).to(tl.int64)
-    dims = tl.arange(0, BLOCK_D)
-    q_pointers = q_ptr + places[:, None] * q_token_stride + heads[:, None] * q_head_stride + dims[None, :]
-    q = tl.load(q_pointers, mask=row_mask[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
-    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_SINKS:
-        row_max = tl.load(sinks_ptr + heads, mask=row_mask, other=0.0) / LN2
-        row_sum += 1.0
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-
+    q = load_queries(q_ptr, places, heads, row_mask, q_token_stride, q_head_stride, HEAD_DIM, BLOCK_D)
+    row_max, row_sum, acc = start_softmax(sinks_ptr, heads, row_mask, HAS_SINKS, BLOCK_M, BLOCK_V)
     lowest = offset + first_row // GROUP
     highest = offset + tl.minimum(first_row + BLOCK_M - 1, query_len * GROUP - 1) // GROUP
     last = tl.maximum(highest + 1, 0)
     full_end = tl.maximum(lowest + 1, 0) // BLOCK_N * BLOCK_N  # every row sees all keys of the tiles before
-    first = 0
-    begin = 0
+    first, begin = 0, 0
     table = table_ptr + (first_seq + seq).to(tl.int64) * table_stride
     positions = offset + tokens
     if HAS_WINDOW:
@@ -206,14 +151,13 @@ def _prefill_kernel(
         True, HAS_WINDOW, HAS_CAP, FP8, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, BLOCK_N,
     )  # fmt: skip
 
-    some = tl.where(row_sum == 0.0, 1.0, row_sum)
+    result, lse = finish_softmax(row_max, row_sum, acc)
     values = tl.arange(0, BLOCK_V)
     target = out_ptr + places[:, None] * out_token_stride + heads[:, None] * out_head_stride + values[None, :]
-    result = (acc / some[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(target, result, mask=row_mask[:, None] & (values[None, :] < V_DIM))
+    keep = row_mask[:, None] & (values[None, :] < V_DIM)
+    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=keep)
     if HAS_LSE:
-        lse = tl.where(row_sum == 0.0, -float("inf"), (row_max + tl.log2(some)) * LN2)
-        tl.store(lse_ptr + places * lse_stride + heads, lse, mask=row_mask)
+        tl.store(lse_ptr + places * lse_stride + heads, lse * LN2, mask=row_mask)
 
 
 @triton.jit

@@ -111,38 +111,41 @@ def tile_rows(
 
 
 @triton.jit
+def load_queries(
+    q_ptr, places, heads, mask, token_stride, head_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """[rows, BLOCK_D]: row i is head heads[i] of token places[i], an int64; zeros where the mask is off."""
+    dims = tl.arange(0, BLOCK_D)
+    pointers = q_ptr + places[:, None] * token_stride + heads[:, None] * head_stride + dims[None, :]
+    return tl.load(pointers, mask=mask[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def start_softmax(sinks_ptr, heads, mask, HAS_SINKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Running maximum and sum [ROWS], values [ROWS, BLOCK_V] before the first key: a sink is a key without a value."""
+    row_max = tl.full([ROWS], LOWEST, tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    if HAS_SINKS:
+        row_max = tl.load(sinks_ptr + heads, mask=mask, other=0.0) / LN2
+        row_sum += 1.0
+    return row_max, row_sum, tl.zeros([ROWS, BLOCK_V], tl.float32)
+
+
+@triton.jit
+def finish_softmax(row_max, row_sum, acc):
+    """Results, zeros for rows without keys, and base-2 logs of the sums, -inf for rows without keys and sink."""
+    some = tl.where(row_sum == 0.0, 1.0, row_sum)
+    return acc / some[:, None], tl.where(row_sum == 0.0, -float("inf"), row_max + tl.log2(some))
+
+
+@triton.jit
 def attend_tiles(
-    q,
-    row_max,
-    row_sum,
-    acc,
-    begin,
-    end,
-    first,
-    last,
-    positions,
-    k_ptr,
-    v_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    table_ptr,
-    kv_head,
-    num_kv_heads,
-    qk_scale,
-    unit,
-    cap,
-    window,
-    MASKED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    FP8: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, row_max, row_sum, acc, begin, end, first, last, positions,
+    k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table_ptr, kv_head, num_kv_heads, qk_scale, unit, cap, window,
+    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, FP8: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Add the keys of tiles begin..end to a running softmax.
 
     Queries are [rows, BLOCK_D] at `positions` [rows] and see keys up to their own, within the window. MASKED: some tile has
