@@ -79,8 +79,19 @@ class TritonBackend(AttentionBackend):
         assert isinstance(metadata, TritonMetadata)
         ops.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
         rows = (metadata.page_table, metadata.seq_lens, metadata.query_start_loc)
-        options = {"sliding_window": sliding_window, "softcap": softcap, "sinks": sinks}
-        return ops.paged_attention(q, k_pages, v_pages, *rows, scale, **options)
+        return ops.paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            *rows,
+            scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            num_decode_rows=metadata.num_decode_rows,
+            max_query_len=metadata.max_query_len,
+            max_seq_len=metadata.max_seq_len,
+        )
 
     def store_latents(
         self,

@@ -13,7 +13,7 @@ from hf_accel.attention.cpu_backend import CpuBackend
 from hf_accel.attention.select import select_backend
 from hf_accel.attention.torch_backend import TorchBackend
 from hf_accel.attention.triton_backend import TritonBackend
-from hf_accel_kernels import reference
+from hf_accel_kernels import ops, reference
 from hf_accel_kernels.cpu import library
 from hf_accel_kernels.testing import PagedCase, make_paged_case
 
@@ -36,9 +36,21 @@ def run_step(backend: AttentionBackend, case: PagedCase, **options: object) -> t
     return out
 
 
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
+    """The Triton backend on a CPU: its kernels run in the interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU, not in the interpreter")
+    from ..kernels.triton import interpreter
+
+    interpreter.install()
+    monkeypatch.setattr(ops, "why_not", lambda device: "")
+    return TritonBackend(None)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", [pytest.param("cpu", marks=needs_cpp_ops), "torch"])
+@pytest.mark.parametrize("name", [pytest.param("cpu", marks=needs_cpp_ops), "torch", "triton"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -61,13 +73,15 @@ def test_step_matches_reference(
     dtype: torch.dtype,
     options: dict[str, object],
     lens: tuple[tuple[int, ...], tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if device == "cuda" and (name == "cpu" or not torch.cuda.is_available()):
         pytest.skip("the C++ op is for CPU tensors" if name == "cpu" else "no CUDA device")
     case = make_paged_case(*lens, num_kv_heads=2, group=3, head_dim=32, v_head_dim=24, dtype=dtype, device=device)
     if options.get("sinks"):
         options = {**options, "sinks": case.sinks.to(dtype)}
-    out = run_step(select_backend(name, device, dtype), case, **options)
+    backend = _interpreted(monkeypatch) if (name, device) == ("triton", "cpu") else select_backend(name, device, dtype)
+    out = run_step(backend, case, **options)
     expected = reference.paged_attention(*case.arguments(), case.scale, **options)
     torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=0)
 
@@ -81,7 +95,13 @@ def test_torch_decode_batch_matches_reference_on_cpu(monkeypatch: pytest.MonkeyP
         out = torch.zeros(case.q.shape)
         decode, starts = [0, 1, 3], [0, 1, 2, 7, 8]
         torch_attention._attend_decode_batch(
-            *case.arguments()[:5], decode, starts, case.seq_lens_cpu, window, (case.scale, 0.0, None), out
+            *case.arguments()[:5],
+            decode,
+            starts,
+            case.seq_lens_cpu,
+            torch_attention.Options(case.scale, window),
+            out,
+            None,
         )
         expected = reference.paged_attention(*case.arguments(), case.scale, sliding_window=window)
         rows = [0, 1, 7]
