@@ -157,6 +157,9 @@ class ContinuousBatching(Arm):
     `generate_batch` has one `max_new_tokens` for all requests, so requests are added one by one with their own, in the
     order in which it would (sorted, for prefix hits). One manager serves all runs, as with `persistent_manager=True`;
     its warm-up, start and stop are not timed, and the thread stands still while other arms run.
+
+    Attributes:
+        deadline: a run past this moment of `time.monotonic` raises TimeoutError.
     """
 
     name = "generate_batch"
@@ -186,6 +189,7 @@ class ContinuousBatching(Arm):
             ),
         )
         self._manager.warmup()
+        self.deadline = float("inf")
         self._attentions = (plain, self.model.config._attn_implementation)
         self.model.set_attn_implementation(plain)  # 5.17's paged one refuses the other arms' forwards on this model
         self._num_matched = 0
@@ -225,6 +229,8 @@ class ContinuousBatching(Arm):
             ids[index] = manager.add_request(prompts[index], max_new_tokens=lengths[index], eos_token_id=-1)
         results: dict[str, list[int]] = {}
         while len(results) < n * len(prompts):
+            if time.monotonic() > self.deadline:
+                raise TimeoutError(f"continuous batching gave {len(results)} of {n * len(prompts)} results in time")
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():
                 if result.error is not None:

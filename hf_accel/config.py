@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 POLICIES = ("fcfs", "lpm", "priority")
-ATTENTION_BACKENDS = ("auto", "cpu", "torch")
+ATTENTION_BACKENDS = ("auto", "cpu", "torch", "triton", "flashinfer")
 KV_CACHE_DTYPES = ("auto", "fp8")
 
 
@@ -16,7 +16,7 @@ class FaultInjection:
     """Switches that force rare paths, for tests: the outputs must not change.
 
     Attributes:
-        retract_every: retract one running request every so many steps (0: never).
+        retract_every: retract one running request every so many steps (0: never; 2 or more with `overlap`).
         force_miss: treat every prefix lookup as a miss.
         check_integrity: verify every invariant of the pool and the prefix tree after each step.
     """
@@ -39,11 +39,12 @@ class EngineConfig:
         max_prefill_chunk: most tokens of one request in one step; None means the whole step budget.
         policy: order of the waiting queue: "fcfs", "lpm" (longest prefix match first) or "priority".
         enable_prefix_cache: share KV between requests with a common prefix.
-        attention_backend: "auto", "cpu" (the C++ op) or "torch".
+        attention_backend: "auto", "cpu" (the C++ op), "triton" or "flashinfer" (CUDA), or "torch".
         kv_cache_dtype: "auto" (the model's own) or "fp8" (e4m3 with scales for each token; MLA models only, approximate).
         fused: run plain dense Llama-like models through the fused CPU decoder where it applies.
         pack_weights: keep a second, pre-packed copy of plain dense weights for fast CPU matrix products:
             True, False, or "auto" (where memory allows).
+        overlap: plan and launch the next step while the device runs the last one: True, False, or "auto" (on CUDA).
         faults: forced faults, for tests.
 
     Raises:
@@ -62,6 +63,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     fused: bool = True
     pack_weights: bool | str = "auto"
+    overlap: bool | str = "auto"
     faults: FaultInjection = field(default_factory=FaultInjection)
 
     def __post_init__(self) -> None:
@@ -83,6 +85,8 @@ class EngineConfig:
             raise ValueError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}")
         if self.pack_weights not in (True, False, "auto"):
             raise ValueError(f"pack_weights must be True, False or 'auto', got {self.pack_weights!r}")
+        if self.overlap not in (True, False, "auto"):
+            raise ValueError(f"overlap must be True, False or 'auto', got {self.overlap!r}")
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:

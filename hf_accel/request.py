@@ -40,7 +40,9 @@ class Request:
         priority: smaller runs first under the "priority" policy.
         external_sampling: the caller samples: logits are handed out, and the next token comes back by `feed`.
         logits_from: first position whose logits are needed (prompt scoring); None: only the last one's.
-        num_computed_tokens: tokens whose KV is in the pool.
+        num_computed_tokens: tokens whose KV is in the pool: the results of their steps are known to be good.
+        num_launched_tokens: those, and the ones after them that launched steps are computing.
+        num_placeholders: tokens that launched steps are sampling; they stand after `token_ids` and are not known yet.
         num_cached_tokens: tokens that the prefix cache served at the first admission.
         awaiting_token: its logits were handed out and the caller has not fed the next token yet.
         slot: row in the device page table while running.
@@ -61,6 +63,8 @@ class Request:
     external_sampling: bool = False
     logits_from: int | None = None
     num_computed_tokens: int = 0
+    num_launched_tokens: int = 0
+    num_placeholders: int = 0
     num_cached_tokens: int | None = None
     awaiting_token: bool = False
     slot: int | None = None
@@ -84,6 +88,17 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_planned_tokens(self) -> int:
+        """Known tokens and those being sampled."""
+        return len(self.token_ids) + self.num_placeholders
+
+    @property
     def num_pending_tokens(self) -> int:
-        """Known tokens that are not computed yet."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens, known or being sampled, that no step computes yet."""
+        return len(self.token_ids) + self.num_placeholders - self.num_launched_tokens
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether each of its steps must be over before the next is planned: its logits are handed out, or Python
+        code chooses from its whole history."""
+        return self.external_sampling or self.logits_from is not None or bool(self.params.logits_processors)

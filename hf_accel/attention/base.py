@@ -41,6 +41,8 @@ class AttentionBackend(ABC):
     """Attention over paged keys and values. One instance serves every layer and may be called from several threads."""
 
     name: str
+    supports_graphs: bool = False
+    """Whether a decode step's calls may be captured in a CUDA graph and replayed after the planned buffers changed."""
 
     def plan(self, batch: AttentionBatch) -> AttentionMetadata:
         """The metadata of one step; a backend derives here, once, what every layer would derive again."""
@@ -52,6 +54,16 @@ class AttentionBackend(ABC):
             tuple(batch.query_lens_cpu),
             tuple(batch.seq_lens_cpu),
         )
+
+    def plan_graph(self, batch: AttentionBatch) -> AttentionMetadata:
+        """The metadata of a step to capture: its tensors are persistent buffers whose contents change before each replay.
+
+        Its host lengths hold at capture only: what they bound must be bounded by the buffers' shapes instead.
+        """
+        return self.plan(batch)
+
+    def refresh_graph(self, metadata: AttentionMetadata, batch: AttentionBatch) -> None:  # noqa: B027
+        """Called before each replay of what was captured with `metadata`, whose buffers hold `batch` by now."""
 
     @abstractmethod
     def forward(
@@ -104,13 +116,14 @@ class AttentionBackend(ABC):
         q: torch.Tensor,
         weights: AbsorbedWeights,
         pages: torch.Tensor,
-        page_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
+        metadata: AttentionMetadata,
         scale: float,
         scales: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention in latent space: [num_tokens, num_heads, v_dim]; see `mla.mla_absorbed_attention`."""
+        """Attention in latent space: [num_tokens, num_heads, v_dim]; see `mla.mla_absorbed_attention`.
+
+        `metadata` is what this backend planned for q's tokens: all of a step's, or those that attend absorbed.
+        """
 
     @abstractmethod
     def expanded_attention(

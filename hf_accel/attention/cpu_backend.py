@@ -82,13 +82,11 @@ class CpuBackend(AttentionBackend):
         q: torch.Tensor,
         weights: mla.AbsorbedWeights,
         pages: torch.Tensor,
-        page_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
+        metadata: AttentionMetadata,
         scale: float,
         scales: torch.Tensor | None,
     ) -> torch.Tensor:
-        rows = (page_table, seq_lens, query_start_loc)
+        rows = (metadata.page_table, metadata.seq_lens, metadata.query_start_loc)
         return mla.mla_absorbed_attention(q, weights, pages, *rows, scale, scales=scales)
 
     def expanded_attention(

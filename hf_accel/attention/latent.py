@@ -39,14 +39,19 @@ class LatentLayer:
     v_dim: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Rows:
     """Some of a step's sequences as a batch of their own."""
 
     tokens: torch.Tensor | None  # [num_tokens] int64 rows of the step; None: all of them
-    page_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
+    metadata: AttentionMetadata
+    planned: bool  # by the backend that attends
+
+    def plan(self, backend: AttentionBackend) -> AttentionMetadata:
+        """The backend's own metadata of these rows, made at the first layer."""
+        if not self.planned:
+            self.metadata, self.planned = backend.plan(self.metadata), True
+        return self.metadata
 
 
 class LatentPlan:
@@ -72,13 +77,20 @@ class LatentPlan:
         if not kept:
             return None
         if not self.expanded:
-            return _Rows(None, metadata.page_table, metadata.seq_lens, metadata.query_start_loc)
+            return _Rows(None, metadata, planned=True)
         device = metadata.seq_lens.device
         tokens = [t for i in kept for t in range(self.starts[i], self.starts[i + 1])]
         lens = torch.tensor([0, *(metadata.query_lens_cpu[i] for i in kept)], dtype=torch.int32)
-        rows = torch.tensor(kept, device=device)
-        starts = lens.cumsum(0, dtype=torch.int32).to(device)
-        return _Rows(torch.tensor(tokens, device=device), metadata.page_table[rows], metadata.seq_lens[rows], starts)
+        rows, index = torch.tensor(kept, device=device), torch.tensor(tokens, device=device)
+        chosen = AttentionMetadata(
+            metadata.page_table[rows],
+            metadata.seq_lens[rows],
+            lens.cumsum(0, dtype=torch.int32).to(device),
+            metadata.slot_mapping[index],
+            tuple(metadata.query_lens_cpu[i] for i in kept),
+            tuple(metadata.seq_lens_cpu[i] for i in kept),
+        )
+        return _Rows(index, chosen, planned=False)
 
 
 def attend_latent(
@@ -127,13 +139,4 @@ def _absorbed(
     backend: AttentionBackend, q: torch.Tensor, layer: LatentLayer, rows: _Rows, scale: float
 ) -> torch.Tensor:
     assert layer.weights is not None, "planned as absorbed without absorbed weights"
-    return backend.absorbed_attention(
-        q,
-        layer.weights,
-        layer.pages,
-        rows.page_table,
-        rows.seq_lens,
-        rows.query_start_loc,
-        scale,
-        layer.scales,
-    )
+    return backend.absorbed_attention(q, layer.weights, layer.pages, rows.plan(backend), scale, layer.scales)

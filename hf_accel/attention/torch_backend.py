@@ -62,15 +62,13 @@ class TorchBackend(AttentionBackend):
         q: torch.Tensor,
         weights: AbsorbedWeights,
         pages: torch.Tensor,
-        page_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
+        metadata: AttentionMetadata,
         scale: float,
         scales: torch.Tensor | None,
     ) -> torch.Tensor:
         w_uk, w_uv = weights.views()
         o_lat = q.new_empty(q.shape[0], q.shape[1], weights.rank)
-        rows = (page_table, seq_lens, query_start_loc)
+        rows = (metadata.page_table, metadata.seq_lens, metadata.query_start_loc)
         mla_torch.mla_attention(mla_torch.absorb(q, w_uk), pages, *rows, scale, weights.rank, scales, o_lat)
         return mla_torch.expand(o_lat, w_uv)
 

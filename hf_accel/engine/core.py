@@ -3,7 +3,9 @@
 There is no engine thread. Whoever waits for a request drives: one thread at a time runs steps for everybody, the others
 sleep until something of theirs has changed. So an exception, a KeyboardInterrupt or a dead thread leaves nothing behind.
 Two kinds of request share the batch: those that the engine samples, and rows whose caller samples (`external_sampling`):
-these get their logits handed out by `next_logits` and their token back through `feed`.
+these get their logits handed out by `next_logits` and their token back through `feed`. Two loops stand side by side: the
+overlapped one (`overlap`) where `EngineConfig.overlap` allows it and no request needs the host between two steps, and the
+plain one (`plain_loop`).
 """
 
 from __future__ import annotations
@@ -13,19 +15,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 
 import torch
 
 from hf_accel.config import EngineConfig
-from hf_accel.engine.executor import Executor, StepResult
-from hf_accel.engine.interrupts import InterruptGate, interrupts_deferred
+from hf_accel.engine.executor import Executor
+from hf_accel.engine.interrupts import interrupts_deferred
+from hf_accel.engine.overlap import OverlappedLoop
+from hf_accel.engine.plain_loop import PlainLoop, TokensCallback
 from hf_accel.kv_cache.manager import KVCacheManager
 from hf_accel.request import Request, RequestStatus
-from hf_accel.scheduler.output import SchedulerOutput
 from hf_accel.scheduler.scheduler import Scheduler
-
-TokensCallback = Callable[[Request, StepResult], None]
 
 MAX_REGROUP_SECONDS = 0.005
 """A step waits at most so long for callers that are sampling their rows, so that their rows step together."""
@@ -51,7 +51,6 @@ class EngineCore:
         self.scheduler = Scheduler(config, self.cache)
         self.requests: dict[int, Request] = {}
         self.busy_seconds = 0.0
-        self._on_tokens = on_tokens
         self._ids = itertools.count() if ids is None else ids
         self._lock = (
             threading.RLock()
@@ -59,10 +58,13 @@ class EngineCore:
         self._condition = threading.Condition(self._lock)
         self._stepper: int | None = None  # the thread that runs a step now
         self._num_visitors = 0  # threads that wait for the gap between two steps
+        self._num_drivers = 0  # threads inside `drive`
         self._held_logits: dict[int, torch.Tensor] = {}
         self._num_sampling = 0
         self._last_step_end = 0.0
         self._last_step_seconds = 0.0
+        parts = (executor, self.scheduler, self.requests, self._held_logits, on_tokens, self._lock)
+        self._plain, self._overlapped = PlainLoop(*parts), OverlappedLoop(*parts)
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
@@ -92,37 +94,50 @@ class EngineCore:
     # ---- driving -----------------------------------------------------------------------------------------------
 
     def drive(self, done: Callable[[], bool]) -> None:
-        """Run steps, or let another thread run them, until `done()` (called under the lock) says so."""
+        """Run steps, or let another thread run them, until `done()` (called under the lock) says so.
+
+        The last thread to leave leaves no step in flight.
+        """
         with self._lock:
             self._refuse_own_step()
-            while not done():
-                if self._stepper is not None or self._num_visitors:
-                    self._condition.wait()
-                elif (wait := self._regroup_seconds()) > 0:
-                    self._condition.wait(wait)
-                elif not self.scheduler.has_work:
-                    self._condition.wait(0.1)
-                else:
-                    self._step()
+            self._num_drivers += 1
+            try:
+                while not done():
+                    if self._stepper is not None or self._num_visitors:
+                        self._condition.wait()
+                    elif (wait := self._regroup_seconds()) > 0:
+                        self._condition.wait(wait)
+                    elif not self._has_work:
+                        self._condition.wait(0.1)
+                    else:
+                        self._step()
+            finally:
+                self._num_drivers -= 1
+                others = self._num_drivers or self._num_visitors or self._stepper is not None
+                if self._overlapped.in_flight and not others:
+                    self._drain()
 
     def step(self) -> bool:
-        """Run one step if there is work and nobody else is stepping; says whether it ran."""
+        """Run one step if there is work and nobody else is stepping; says whether it ran. It may leave one in flight."""
         with self._lock:
             self._refuse_own_step()
-            if self._stepper is not None or self._num_visitors or not self.scheduler.has_work:
+            if self._stepper is not None or self._num_visitors or not self._has_work:
                 return False
             self._step()
             return True
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the engine between steps, for what must not happen during one."""
+        """Hold the engine between steps, with none in flight, for what must not happen during one."""
         with interrupts_deferred(), self._lock:
             self._refuse_own_step()
             self._num_visitors += 1  # whoever drives lets visitors in before its next step
             try:
-                while self._stepper is not None:
-                    self._condition.wait()
+                while self._stepper is not None or self._overlapped.in_flight:
+                    if self._stepper is not None:
+                        self._condition.wait()
+                    else:
+                        self._drain()
                 yield
             finally:
                 self._num_visitors -= 1
@@ -170,11 +185,15 @@ class EngineCore:
     # ---- one step ----------------------------------------------------------------------------------------------
 
     def _refuse_own_step(self) -> None:
-        if self._stepper == threading.get_ident():
+        if self._stepper == threading.get_ident() or self.executor.queue.runs_here:
             raise RuntimeError(
                 "the engine was called from inside a step of its own (a forward hook, or a logits processor of "
                 "SamplingParams): call it before or after"
             )
+
+    @property
+    def _has_work(self) -> bool:
+        return self._overlapped.in_flight or self.scheduler.has_work
 
     def _regroup_seconds(self) -> float:
         if not self._num_sampling:
@@ -183,98 +202,37 @@ class EngineCore:
         return self._last_step_end + window - time.monotonic()
 
     def _step(self) -> None:
-        """One step, begun and ended under the lock, its forward outside of it."""
+        """One step, begun and ended under the lock, the device's part outside of it."""
         start = time.monotonic()
         with interrupts_deferred() as gate:
             self._stepper = threading.get_ident()
             try:
-                output = self.scheduler.schedule()
-                try:
-                    self._copy_pages(output)
-                finally:
-                    for request_id in output.failed:
-                        self._tell(self.requests[request_id], StepResult())
-                if output.requests:
-                    self._run(output, gate)
+                if self._overlapped.may_launch:
+                    self._overlapped.step(gate)
+                elif self._overlapped.in_flight:
+                    self._overlapped.drain(gate)
+                else:
+                    self._plain.step(gate)
+                    self._overlapped.trust_again()
             finally:
                 self._stepper = None
                 self._last_step_end = time.monotonic()
                 self._last_step_seconds = self._last_step_end - start
                 self.busy_seconds += self._last_step_seconds
+                if self.scheduler.is_empty:
+                    self.executor.queue.meter.pause()
                 self._condition.notify_all()
         if self.config.faults.check_integrity:
             self.scheduler.check_integrity()
 
-    def _copy_pages(self, output: SchedulerOutput) -> None:
-        """Make the copies that this step's admissions count on. Not part of `_run`, which may run a request twice."""
-        if not output.page_copies:
-            return
-        try:
-            self.executor.copy_pages(output.page_copies)
-        except BaseException:
-            self.scheduler.retract_all()
-            raise
-
-    def _run(self, output: SchedulerOutput, gate: InterruptGate) -> None:
-        requests = [self.requests[item.request_id] for item in output.requests]
-        try:
-            batch = self.executor.build(output)
-            with self._unlocked(), gate.open():
-                result = self.executor.execute(batch, requests)
-        except Exception as error:
-            self._resend_pages(requests)
-            if len(requests) == 1:
-                self._fail(requests[0], error)
-            else:
-                self._run_alone(output, requests, gate)
-            return
-        except BaseException:  # KeyboardInterrupt: nothing was counted, so the next driver runs the same tokens again
-            self._resend_pages(requests)
-            raise
-        self._apply(output, requests, result)
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        if not request.status.ended:
-            self.scheduler.finish(request, RequestStatus.FAILED, "error", error)
-            self._tell(request, StepResult())
-
-    def _tell(self, request: Request, result: StepResult) -> None:
-        """Hand a request its step's result; what goes wrong there is that request's failure alone."""
-        try:
-            self._on_tokens(request, result)
-        except Exception as error:
-            self.scheduler.finish(request, RequestStatus.FAILED, "error", error)
-            request.error = request.error or error
-            self._on_tokens(request, StepResult())
-
-    def _run_alone(self, output: SchedulerOutput, requests: list[Request], gate: InterruptGate) -> None:
-        """A batch failed: run its requests one by one, so that only the guilty one fails."""
-        for item, request in zip(output.requests, requests, strict=True):
-            if request.status is RequestStatus.RUNNING:
-                whole_row = tuple(enumerate(self.cache.page_ids(item.request_id)))
-                self._run(SchedulerOutput((replace(item, page_updates=whole_row),), len(item.token_ids)), gate)
-
-    def _apply(self, output: SchedulerOutput, requests: list[Request], result: StepResult) -> None:
-        going = [r for r in requests if not r.status.ended]  # others were ended by another thread meanwhile
-        for request in going:
-            if request.request_id in result.errors:
-                self.scheduler.finish(request, RequestStatus.FAILED, "error", result.errors[request.request_id])
-        self.scheduler.update(output, {i: token.token_id for i, token in result.tokens.items()})
-        for request in going:
-            if request.awaiting_token:
-                self._held_logits[request.request_id] = result.last_logits[request.request_id]
-            self._tell(request, result)
-
-    def _resend_pages(self, requests: list[Request]) -> None:
-        """The page table may not have taken this step's changes: send each row whole with its next step."""
-        for request in requests:
-            if request.status is RequestStatus.RUNNING:
-                request.page_updates = list(enumerate(self.cache.page_ids(request.request_id)))
-
-    @contextmanager
-    def _unlocked(self) -> Iterator[None]:
-        self._lock.release()
-        try:
-            yield
-        finally:
-            self._lock.acquire()
+    def _drain(self) -> None:
+        """Take in what is in flight. Nobody is stepping."""
+        with interrupts_deferred():
+            self._stepper = threading.get_ident()
+            try:
+                self._overlapped.drain()
+            finally:
+                self._stepper = None
+                self._condition.notify_all()
+        if self.config.faults.check_integrity:
+            self.scheduler.check_integrity()

@@ -16,7 +16,7 @@ from hf_accel.engine.group import OutputGroup, make_output
 from hf_accel.engine.host import EngineHost
 from hf_accel.engine.outputs import ContinuationScore, RequestOutput, StreamChunk
 from hf_accel.engine.prompts import Prompt, PromptReader
-from hf_accel.engine.sampler import InvalidLogits
+from hf_accel.engine.sampled import InvalidLogits
 from hf_accel.patching.registry import ModelSpec
 from hf_accel.request import Request, RequestStatus
 from hf_accel.sampling_params import SamplingParams

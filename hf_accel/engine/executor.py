@@ -1,16 +1,21 @@
-"""Runs a step and samples it: batch builder, model runner and sampler behind two calls."""
+"""Runs a step and samples it: batch builder, model runner and sampler behind two calls; or launches it, and hands over its
+result later. Owns the device token table, by which the next step knows what this one sampled before the host does."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from hf_accel.engine.device_queue import DeviceQueue, StreamQueue, Ticket, WorkerQueue
 from hf_accel.engine.forward_batch import ForwardBatch, ForwardBatchBuilder
+from hf_accel.engine.logits_edits import SamplingRow
 from hf_accel.engine.model_runner import ModelRunner
-from hf_accel.engine.sampler import SampledToken, Sampler, SamplingRow
+from hf_accel.engine.sampled import SampledBatch, SampledToken
+from hf_accel.engine.sampler import Sampler
+from hf_accel.engine.upload import upload
 from hf_accel.request import Request
 from hf_accel.scheduler.output import SchedulerOutput
 
@@ -32,57 +37,133 @@ class StepResult:
     prompt_logits: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a step's logits are for, by row of logits. Made on the host before the device runs."""
+
+    sampled: list[Request] = field(default_factory=list)
+    sampling_rows: list[SamplingRow] = field(default_factory=list)  # one each
+    lengths: list[int] = field(default_factory=list)  # tokens before the one to sample, known or not
+    indices: list[int] = field(default_factory=list)  # of their logits
+    external: list[tuple[int, int]] = field(default_factory=list)  # (request id, row)
+    prompt: list[tuple[int, int, slice]] = field(default_factory=list)  # (request id, first position, rows)
+
+
+class PendingStep:
+    """A launched step."""
+
+    def __init__(self, wanted: _Wanted, ticket: Ticket[SampledBatch | None]) -> None:
+        self._wanted, self._ticket = wanted, ticket
+
+    def wait(self) -> None:
+        """Until the device is through with it, for better or worse."""
+        self._ticket.wait()
+
+    def result(self) -> StepResult:
+        """What it sampled; raises what went wrong. Waits if need be."""
+        sampled, result = self._ticket.result(), StepResult()
+        if sampled is not None:
+            _enter(self._wanted, sampled.finish(), result)
+        return result
+
+
 class Executor:
-    """Mechanism of one engine, on one device."""
+    """Mechanism of one engine, on one device.
+
+    Attributes:
+        overlaps: whether steps may be launched ahead (`launch`).
+        queue: the order of the device's work.
+    """
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.num_pages = runner.num_pages
-        self.builder = ForwardBatchBuilder(runner.config.max_num_seqs, runner.config.page_size, runner.device)
+        config, device = runner.config, runner.device
+        self.overlaps = config.overlap is True or (config.overlap == "auto" and device.type == "cuda")
+        self.queue: DeviceQueue = StreamQueue(device) if device.type == "cuda" else WorkerQueue()
+        self.builder = ForwardBatchBuilder(config.max_num_seqs, config.page_size, device, token_table=self.overlaps)
         self.sampler = Sampler()
         # One row a request over its own growing token list: penalties then count only what is new.
         self._rows: weakref.WeakKeyDictionary[Request, SamplingRow] = weakref.WeakKeyDictionary()
+        self._token_table = torch.zeros(config.max_num_seqs if self.overlaps else 0, dtype=torch.long, device=device)
 
     def build(self, output: SchedulerOutput) -> ForwardBatch:
         """The step's tensors; also takes over its page-table changes."""
         return self.builder.build(output)
 
     def copy_pages(self, page_copies: Sequence[tuple[int, int]]) -> None:
-        """Copy pages (source, destination) in all layers, as if one after the other."""
-        self.runner.pool.copy_pages(page_copies)
+        """Copy pages (source, destination) in all layers, as if one after the other, behind all that was launched."""
+        self.queue.run(lambda: self.runner.pool.copy_pages(page_copies))
 
     @torch.inference_mode(False)  # the caller's mode must not mark the pool, the buffers or another caller's logits
     @torch.no_grad()
     def execute(self, batch: ForwardBatch, requests: Sequence[Request]) -> StepResult:
-        """Forward and sample. Reads the requests; writes none."""
-        logits = self.runner.forward(batch)
-        result = StepResult()
-        sampled_requests: list[Request] = []
-        sampled_rows: list[int] = []
-        row = 0
-        for request, seq_len, num_logits in zip(requests, batch.seq_lens_cpu, batch.num_logits_cpu, strict=True):
-            last = row + num_logits - 1
-            at_end = num_logits > 0 and seq_len == request.num_tokens
-            if request.logits_from is not None and num_logits:
-                result.prompt_logits[request.request_id] = (seq_len - num_logits, logits[row : row + num_logits])
-            if at_end and request.external_sampling:
-                result.last_logits[request.request_id] = logits[last]
-            elif at_end:
-                sampled_requests.append(request)
-                sampled_rows.append(last)
-            row += num_logits
-        if sampled_requests:
-            whole = len(sampled_rows) == logits.shape[0]
-            self._sample(logits if whole else logits[sampled_rows], sampled_requests, result)
+        """Forward and sample, and wait for the end. Reads the requests; writes none."""
+        wanted, result = self._wanted(batch, requests), StepResult()
+        logits, tokens = self.queue.run(lambda: self._compute(batch, wanted))
+        result.last_logits = {request_id: logits[row] for request_id, row in wanted.external}
+        result.prompt_logits = {request_id: (first, logits[rows]) for request_id, first, rows in wanted.prompt}
+        _enter(wanted, tokens, result)
         return result
 
-    def _sample(self, logits: torch.Tensor, requests: list[Request], result: StepResult) -> None:
-        rows = [self._sampling_row(request) for request in requests]
-        for request, token in zip(requests, self.sampler.sample(logits, rows), strict=True):
-            if token.error is not None:
-                result.errors[request.request_id] = token.error
-            else:
-                result.tokens[request.request_id] = token
+    def launch(self, batch: ForwardBatch, requests: Sequence[Request]) -> PendingStep:
+        """Queue forward and sampling, and do not wait. What raises here was not launched, or only in part: its step
+        counts for nothing, and no other may be launched before those in flight are over.
+
+        Args:
+            batch: its unknown tokens are read from the token table when its turn comes.
+            requests: the batch's, none of which `needs_host`. Read here and now; none is written.
+        """
+        assert self.overlaps
+        wanted = self._wanted(batch, requests)
+        assert not wanted.external and not wanted.prompt, "a step that must be over before the next one is planned"
+        return PendingStep(wanted, self.queue.submit(lambda: self._compute_ahead(batch, wanted)))
+
+    def close(self) -> None:
+        """Give every byte and thread back; the executor is of no use afterwards."""
+        self.queue.close()
+        self.runner.close()
+
+    def _compute(self, batch: ForwardBatch, wanted: _Wanted) -> tuple[torch.Tensor, list[SampledToken]]:
+        logits = self.runner.forward(batch)
+        if not wanted.indices:
+            return logits, []
+        return logits, self.sampler.sample(_rows_of(logits, wanted.indices), wanted.sampling_rows)
+
+    @torch.inference_mode(False)  # a thread of its own starts with torch's defaults
+    @torch.no_grad()
+    def _compute_ahead(self, batch: ForwardBatch, wanted: _Wanted) -> SampledBatch | None:
+        """On CUDA nothing here waits for the device."""
+        table, slots = self._token_table, batch.token_slots
+        assert slots is not None
+        if batch.has_unknown:
+            known = torch.where(batch.input_ids < 0, table.index_select(0, slots), batch.input_ids)
+            batch = replace(batch, input_ids=known)
+        logits = self.runner.forward(batch)
+        if not wanted.indices:
+            return None
+        logits = _rows_of(logits, wanted.indices)
+        sampled = self.sampler.begin(logits, wanted.sampling_rows, wanted.lengths, ahead=True)
+        last_tokens = _rows_of(batch.logits_indices, wanted.indices)
+        table.index_copy_(0, slots.index_select(0, last_tokens), sampled.token_ids)
+        return sampled.to_host()
+
+    def _wanted(self, batch: ForwardBatch, requests: Sequence[Request]) -> _Wanted:
+        wanted, row = _Wanted(), 0
+        for request, seq_len, num_logits in zip(requests, batch.seq_lens_cpu, batch.num_logits_cpu, strict=True):
+            last = row + num_logits - 1
+            at_end = num_logits > 0 and seq_len == request.num_planned_tokens
+            if request.logits_from is not None and num_logits:
+                wanted.prompt.append((request.request_id, seq_len - num_logits, slice(row, row + num_logits)))
+            if at_end and request.external_sampling:
+                wanted.external.append((request.request_id, last))
+            elif at_end:
+                wanted.sampled.append(request)
+                wanted.sampling_rows.append(self._sampling_row(request))
+                wanted.lengths.append(seq_len)
+                wanted.indices.append(last)
+            row += num_logits
+        return wanted
 
     def _sampling_row(self, request: Request) -> SamplingRow:
         row = self._rows.get(request)
@@ -92,3 +173,18 @@ class Executor:
             )
             self._rows[request] = row
         return row
+
+
+def _rows_of(values: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    """Rows of `values` in ascending order; itself for all of them."""
+    if len(indices) == values.shape[0]:
+        return values
+    return values.index_select(0, upload(indices, torch.long, values.device))
+
+
+def _enter(wanted: _Wanted, tokens: Sequence[SampledToken], result: StepResult) -> None:
+    for request, token in zip(wanted.sampled, tokens, strict=True):
+        if token.error is not None:
+            result.errors[request.request_id] = token.error
+        else:
+            result.tokens[request.request_id] = token

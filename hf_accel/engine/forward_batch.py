@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hf_accel.scheduler.output import ScheduledRequest, SchedulerOutput
+from hf_accel.engine.upload import upload
+from hf_accel.scheduler.output import UNKNOWN_TOKEN, ScheduledRequest, SchedulerOutput
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class ForwardBatch:
     """The packed tokens of one step, over all its requests, in order.
 
     Attributes:
-        input_ids: [num_tokens] int64.
+        input_ids: [num_tokens] int64; `UNKNOWN_TOKEN` where the device's token table has the token.
         positions: [num_tokens] int64.
         slot_mapping: [num_tokens] int64, page * page_size + offset of each token's KV.
         page_table: [num_seqs, max_pages] int32.
@@ -25,6 +26,8 @@ class ForwardBatch:
         query_lens_cpu: tokens of each request in this step.
         seq_lens_cpu: `seq_lens` on the host.
         num_logits_cpu: rows of logits that each request gets.
+        token_slots: [num_tokens] int64, the row of the token table of each token's request; None without a token table.
+        has_unknown: whether an input id is `UNKNOWN_TOKEN`.
     """
 
     input_ids: torch.Tensor
@@ -37,15 +40,21 @@ class ForwardBatch:
     query_lens_cpu: tuple[int, ...]
     seq_lens_cpu: tuple[int, ...]
     num_logits_cpu: tuple[int, ...]
+    token_slots: torch.Tensor | None = None
+    has_unknown: bool = False
 
 
 class ForwardBatchBuilder:
-    """Keeps the page table of the running requests and builds batches from diffs: no work grows with the context."""
+    """Keeps the page table of the running requests and builds batches from diffs: no work grows with the context.
 
-    def __init__(self, max_num_seqs: int, page_size: int, device: torch.device) -> None:
+    Batches share no memory with the table, which changes while they run. With `token_table` they say each token's slot.
+    """
+
+    def __init__(self, max_num_seqs: int, page_size: int, device: torch.device, token_table: bool = False) -> None:
         self.page_size = page_size
         self.device = device
         self._on_cpu = device.type == "cpu"
+        self._token_table = token_table
         self._table = np.zeros((max_num_seqs, 64), dtype=np.int32)  # [slot, page index]
         self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -71,7 +80,8 @@ class ForwardBatchBuilder:
         ]
         seq_lens = [p + 1 for p in positions]
         num_pages = max(positions) // page_size + 1
-        longs = self._device((token_ids, positions, mapping), np.int64)
+        columns = (token_ids, positions, mapping, slots) if self._token_table else (token_ids, positions, mapping)
+        longs = self._device(columns, np.int64)
         query_start_loc, logits_indices = self._one_token_each(num_seqs)
         ones = (1,) * num_seqs
         return ForwardBatch(
@@ -85,6 +95,8 @@ class ForwardBatchBuilder:
             query_lens_cpu=ones,
             seq_lens_cpu=tuple(seq_lens),
             num_logits_cpu=ones,
+            token_slots=longs[3] if self._token_table else None,
+            has_unknown=UNKNOWN_TOKEN in token_ids,
         )
 
     def _one_token_each(self, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +135,8 @@ class ForwardBatchBuilder:
             query_lens_cpu=tuple(lens.tolist()),
             seq_lens_cpu=tuple(seq_lens.tolist()),
             num_logits_cpu=tuple(num_logits),
+            token_slots=self._device(rows, np.int64) if self._token_table else None,
+            has_unknown=any(r.token_ids[0] == UNKNOWN_TOKEN for r in requests),
         )
 
     def _update_row(self, slot: int, updates: tuple[tuple[int, int], ...]) -> None:
@@ -135,4 +149,4 @@ class ForwardBatchBuilder:
 
     def _device(self, values: object, dtype: type) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
-        return tensor if self._on_cpu else tensor.to(self.device, non_blocking=True)
+        return tensor if self._on_cpu else upload(tensor, tensor.dtype, self.device)

@@ -24,7 +24,7 @@ from transformers.generation import (
 from hf_accel.engine import progress
 from hf_accel.engine.engine import Engine
 from hf_accel.engine.kv_export import export_kv
-from hf_accel.engine.sampler import InvalidLogits
+from hf_accel.engine.sampled import InvalidLogits
 from hf_accel.patching.eligibility import call_reason, model_reason, padding_reason, window_reason
 from hf_accel.request import Request
 from hf_accel.sampling_params import SamplingParams

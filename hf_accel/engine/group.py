@@ -9,7 +9,7 @@ import torch
 from hf_accel.engine.detokenizer import IncrementalDetokenizer
 from hf_accel.engine.executor import StepResult
 from hf_accel.engine.outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
-from hf_accel.engine.sampler import logprobs_of
+from hf_accel.engine.sampled import logprobs_of
 from hf_accel.request import Request
 from hf_accel.sampling_params import SamplingParams
 

@@ -153,6 +153,7 @@ class EngineHost:
                 totals.update(_counts(request))
             prompt, cached, generated = totals["prompt"], totals["cached"], totals["generated"]
             seconds = self.core.busy_seconds
+            busy, idle = self.core.executor.queue.meter.seconds
             return EngineStats(
                 num_running=len(scheduler.running),
                 num_waiting=len(scheduler.waiting),
@@ -168,6 +169,7 @@ class EngineHost:
                 fallback_reasons=dict(self._fallbacks),
                 cache_hit_rate=cached / prompt if prompt else 0.0,
                 tokens_per_second=generated / seconds if seconds else 0.0,
+                device_idle_share=idle / (busy + idle) if busy else 0.0,
             )
 
     def flush_cache(self) -> None:
@@ -199,7 +201,7 @@ class EngineHost:
                 return
             self._fail_all(RuntimeError("the engine was shut down"))
             self.core.cache.reset()
-            self.core.executor.runner.close()
+            self.core.executor.close()
             self._tracker.close()
             self._closed = True
 
@@ -223,7 +225,7 @@ class EngineHost:
         for request in old.requests.values():
             self._totals.update(_counts(request))
         self._totals.update(steps=old.scheduler.num_steps, retractions=old.scheduler.num_retractions)
-        old.executor.runner.close()
+        old.executor.close()
         self._asleep = False
         self._build(spec)
         self.core.busy_seconds = old.busy_seconds

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hf_accel.engine.upload import upload
 from hf_accel.sampling_params import SamplingParams
 
 _NUM_CANDIDATES = 256  # tokens looked at before the whole vocabulary is sorted for top-p
@@ -36,7 +37,7 @@ def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)[:, None]  # [num_rows, 1]
+    return upload(values, like.dtype, like.device)[:, None]  # [num_rows, 1]
 
 
 def _on_rows(scores: Tensor, rule: Callable[[Tensor, list[float]], Tensor], values: dict[int, float]) -> Tensor:
@@ -45,13 +46,13 @@ def _on_rows(scores: Tensor, rule: Callable[[Tensor, list[float]], Tensor], valu
         return scores
     if len(values) == scores.shape[0]:
         return rule(scores, list(values.values()))
-    rows = torch.tensor(list(values), device=scores.device)
+    rows = upload(list(values), torch.long, scores.device)
     return scores.index_copy(0, rows, rule(scores.index_select(0, rows), list(values.values())))
 
 
 def _top_k(scores: Tensor, values: list[float]) -> Tensor:
     """Keep what is not below the k-th highest score: ties with it stay."""
-    ks = torch.tensor(values, dtype=torch.long).to(scores.device)
+    ks = upload(values, torch.long, scores.device)
     highest = scores.topk(int(max(values)), dim=-1).values
     return scores.masked_fill(scores < highest.gather(1, ks[:, None] - 1), -torch.inf)
 

@@ -125,6 +125,8 @@ class EngineStats:
         fallback_reasons: reason -> how many of them.
         cache_hit_rate: num_cached_tokens / num_prompt_tokens, 0 if there were none.
         tokens_per_second: generated tokens per second of stepping.
+        device_idle_share: of the time from the first to the last step of busy periods, the share between two steps, in
+            which the device had nothing to run (since the engine, or the model's device or dtype, was last set up).
     """
 
     num_running: int
@@ -141,6 +143,7 @@ class EngineStats:
     fallback_reasons: dict[str, int]
     cache_hit_rate: float
     tokens_per_second: float
+    device_idle_share: float
 
     def to_dict(self) -> dict[str, Any]:
         """The same as a plain dictionary."""

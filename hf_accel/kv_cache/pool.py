@@ -94,7 +94,10 @@ class PagePool(ABC):
     def copy_pages(self, page_copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (source, destination) in every layer, as if one after the other."""
         for batch in _independent_batches(page_copies):
-            sources, destinations = torch.tensor(batch, device=self.device).unbind(1)  # [num_copies] each
+            pairs = torch.tensor(batch)
+            if self.device.type == "cuda":
+                pairs = pairs.pin_memory()  # the host does not wait
+            sources, destinations = pairs.to(self.device, non_blocking=True).unbind(1)  # [num_copies] each
             for tensor in self._tensors:
                 values = tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor  # fp8 has no index ops
                 values.index_copy_(0, destinations, values.index_select(0, sources))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+UNKNOWN_TOKEN = -1
+"""Stands for a token that a launched step is sampling: the device reads it from its token table."""
+
 
 @dataclass(frozen=True)
 class ScheduledRequest:
@@ -12,10 +15,12 @@ class ScheduledRequest:
     Attributes:
         request_id: whose.
         slot: its row in the page table, [0, max_num_seqs).
-        token_ids: tokens to compute now.
+        token_ids: tokens to compute now; `UNKNOWN_TOKEN` for one that is being sampled (it then stands alone).
         start: position of the first of them.
         page_updates: (index, page id) pairs to write in the row's page table before the step.
         num_logits: how many of the last tokens need logits (0: a prefill chunk that does not reach the end).
+        at_end: the step reaches the request's end, so that its next token follows.
+        admission: the request's at this step: its later ones know another page table and slot.
     """
 
     request_id: int
@@ -24,6 +29,8 @@ class ScheduledRequest:
     start: int
     page_updates: tuple[tuple[int, int], ...]
     num_logits: int
+    at_end: bool = False
+    admission: int = 0
 
 
 @dataclass(frozen=True)

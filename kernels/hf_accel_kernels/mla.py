@@ -2,8 +2,8 @@
 
 A token's row is its latent (`rank` values, after kv_a_layernorm) and the rotated key that all heads share (`rope` values).
 Absorbed, a head's query is taken into latent space and every row is read once for all heads; expanded (`mla_expanded.py`),
-latents become every head's keys and values. CPU tensors go to the C++ ops where the library loads, everything else to
-torch ops. Owns validation and dispatch. Knows tensors only.
+latents become every head's keys and values. CPU tensors go to the C++ ops where the library loads, CUDA tensors to Triton
+kernels, which wait for nothing on the host, everything else to torch ops. Owns validation and dispatch. Knows tensors only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .cpu.mla import CpuMla
 from .mla_expanded import mla_expanded_attention, prefer_expanded
 from .mla_torch import FP8
 from .mla_weights import AbsorbedWeights
+from .triton_ops.launch import why_not
 
 __all__ = [
     "AbsorbedWeights",
@@ -43,7 +44,7 @@ def mla_store(
         latent: [num_tokens, rank], float32, bfloat16 or float16, any strides.
         rope_key: [num_tokens, rope], latent's dtype, any strides.
         pages: [num_pages, page_size, rank + rope], contiguous, latent's dtype or (with `scales`) float8_e4m3fn; written.
-        slot_mapping: [num_tokens] int64, page * page_size + offset; on CPU a negative slot skips its token.
+        slot_mapping: [num_tokens] int64, page * page_size + offset; a negative slot skips its token (not in torch ops on CUDA).
         scales: [num_pages, page_size, 2] float32, contiguous; written with what the stored latent and the stored
             rotary key are to be multiplied with: the largest magnitude / 448, or 1 where that is 0.
 
@@ -66,6 +67,10 @@ def mla_store(
         raise ValueError(
             f"latent and rope_key must share one dtype ({latent.dtype}, {rope_key.dtype}) and slots must be int64"
         )
+    if not why_not(latent.device):
+        from .triton_ops import mla_store as kernel
+
+        return kernel.mla_store(latent, rope_key, pages, slot_mapping, scales)
     cpu = _cpu_ops() if latent.device.type == "cpu" else None
     if cpu is None:
         return mla_torch.mla_store(latent, rope_key, pages, slot_mapping, scales)
@@ -156,6 +161,11 @@ def mla_attention(
         )
     _check_tables(page_table, seq_lens, query_start_loc)
     out = _check_out(out, q, rank)
+    if not why_not(q.device):
+        from .triton_ops import mla_decode
+
+        mla_decode.mla_attention(q, pages, page_table, seq_lens, query_start_loc, scale, rank, scales, out)
+        return out
     cpu = _cpu_ops() if q.device.type == "cpu" else None
     if cpu is None:
         mla_torch.mla_attention(q, pages, page_table, seq_lens, query_start_loc, scale, rank, scales, out)
@@ -211,8 +221,7 @@ def mla_absorbed_attention(
         w_uk, w_uv = weights.views()
         tables = (page_table, seq_lens, query_start_loc)
         o_lat = mla_attention(mla_torch.absorb(q, w_uk), pages, *tables, scale, rank=weights.rank, scales=scales)
-        out.copy_(mla_torch.expand(o_lat, w_uv))
-        return out
+        return mla_torch.expand(o_lat, w_uv, out)
     tables = _plain_tables(page_table, seq_lens, query_start_loc)
     cpu.absorbed(q if q.stride(2) == 1 else q.contiguous(), weights, pages, *tables, scale, scales, out)
     return out

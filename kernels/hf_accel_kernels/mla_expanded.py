@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import ops
+from .triton_ops.launch import why_not
 
 
 def mla_expanded_attention(
@@ -41,6 +42,10 @@ def mla_expanded_attention(
             f"kv {tuple(kv.shape)} {kv.dtype} must hold {nope} + v values a head of {num_heads}, for at least "
             f"{num_tokens} rows of q's and rope_key's dtype ({q.dtype}, {rope_key.dtype})"
         )
+    if not why_not(q.device):
+        from .triton_ops import mla_prefill
+
+        return mla_prefill.expanded_attention(q, kv, rope_key, scale, nope)
     per_head = kv.view(length, num_heads, nope + v).transpose(0, 1)  # [num_heads, length, nope + v]
     keys = q.new_empty(1, num_heads, length, head_dim)
     keys[0, :, :, :nope] = per_head[:, :, :nope]

@@ -90,14 +90,17 @@ def absorb(q: torch.Tensor, w_uk: torch.Tensor) -> torch.Tensor:
     """q [num_tokens, num_heads, nope + rope] and Wuk [num_heads, nope, rank] -> [num_tokens, num_heads, rank + rope]."""
     num_heads, nope, rank = w_uk.shape
     absorbed = q.new_empty(q.shape[0], num_heads, rank + q.shape[2] - nope)
-    absorbed[..., :rank] = torch.bmm(q[..., :nope].transpose(0, 1), w_uk).transpose(0, 1)
+    torch.bmm(q[..., :nope].transpose(0, 1), w_uk, out=absorbed[..., :rank].transpose(0, 1))
     absorbed[..., rank:] = q[..., nope:]
     return absorbed
 
 
-def expand(o_lat: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
-    """o_lat [num_tokens, num_heads, rank] and Wuv [num_heads, v, rank] -> [num_tokens, num_heads, v]."""
-    return torch.bmm(o_lat.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+def expand(o_lat: torch.Tensor, w_uv: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """o_lat [num_tokens, num_heads, rank] and Wuv [num_heads, v, rank] -> [num_tokens, num_heads, v], written to `out`."""
+    if out is None:
+        out = o_lat.new_empty(*o_lat.shape[:2], w_uv.shape[1])
+    torch.bmm(o_lat.transpose(0, 1), w_uv.transpose(1, 2), out=out.transpose(0, 1))
+    return out
 
 
 def expanded_attention(

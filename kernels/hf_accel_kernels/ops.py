@@ -1,6 +1,7 @@
 """The attention ops' typed contract: shapes, dtypes, units, and which form computes them.
 
-CPU tensors go to the C++ ops where the library loads (`cpu/library.py`), everything else to plain torch ops.
+CPU tensors go to the C++ ops where the library loads (`cpu/library.py`), CUDA tensors to Triton kernels where the device runs them,
+everything else to plain torch ops. Merging two attentions over parts of a context: `merge_state.py`.
 Owns validation and dispatch. Knows tensors only: no request, no model, no scheduler.
 """
 
@@ -12,6 +13,10 @@ import torch
 
 from . import torch_attention
 from .cpu.attention import DTYPES, CpuAttention
+from .triton_ops.launch import why_not
+
+FP8 = torch.float8_e4m3fn
+WIDEST_TRITON_DIM = 512
 
 
 def store_kv(
@@ -60,7 +65,13 @@ def paged_attention(
     sliding_window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    out_lse: torch.Tensor | None = None,
+    num_decode_rows: int = 0,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
 ) -> torch.Tensor:
     """Causal attention of new tokens over their sequences' pages: prefill chunks, decode rows, or both in one call.
 
@@ -69,8 +80,8 @@ def paged_attention(
 
     Args:
         q: [num_tokens, num_heads, head_dim], float32, bfloat16 or float16, any strides.
-        k_pages: [num_pages, num_kv_heads, page_size, head_dim], contiguous, q's dtype.
-        v_pages: [num_pages, num_kv_heads, page_size, v_head_dim], contiguous, q's dtype.
+        k_pages: [num_pages, num_kv_heads, page_size, head_dim], contiguous, q's dtype, or float8_e4m3fn with scales.
+        v_pages: [num_pages, num_kv_heads, page_size, v_head_dim], contiguous, k_pages' dtype.
         page_table: [num_seqs, max_pages] int32; entries beyond a sequence's pages are ignored.
         seq_lens: [num_seqs] int32, context lengths including this step's tokens, already stored.
         query_start_loc: [num_seqs + 1] int32, where each sequence's tokens begin in q.
@@ -78,42 +89,55 @@ def paged_attention(
         sliding_window: 0 for none; w: the token at position i sees positions (i - w, i].
         softcap: 0 for none; else logits become softcap * tanh(logits / softcap).
         sinks: [num_heads] or None; one more logit per head in the softmax's denominator (GPT-OSS).
+        k_scales: [num_pages, num_kv_heads, page_size] float32, contiguous: a stored key times its scale is the key; for fp8.
+        v_scales: the same for values.
         out: [num_tokens, num_heads, v_head_dim] to write to, or None for a new one; tokens that see nothing get zeros.
+        out_lse: [num_tokens, num_heads] float32 to write to, or None: natural logs of the sums of exponentials, the sink's
+            among them; tokens that see nothing get their sink, or -inf.
+        num_decode_rows: that many leading sequences are known to have one query token each: they split long contexts.
+        max_query_len: no sequence has more query tokens; None: not known. Bounds CUDA grids, as does the next one.
+        max_seq_len: no sequence is longer; None: bounded by page_table's width.
 
     Raises:
         ValueError: shapes, dtypes or layouts disagree.
     """
     _check_pages(k_pages, v_pages)
     _check_queries(q, k_pages, page_table, seq_lens, query_start_loc)
+    _check_scales(k_pages, k_scales, v_scales)
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1], v_pages.shape[3], dtype=q.dtype, device=q.device)
     elif out.shape != (q.shape[0], q.shape[1], v_pages.shape[3]) or out.dtype != q.dtype or out.stride(2) != 1:
         raise ValueError(f"out must be [num_tokens, num_heads, v_head_dim] of q's dtype, got {tuple(out.shape)}")
+    if out_lse is not None and (
+        out_lse.shape != q.shape[:2] or out_lse.dtype != torch.float32 or out_lse.stride(1) != 1
+    ):
+        raise ValueError(f"out_lse must be float32 [num_tokens, num_heads], got {tuple(out_lse.shape)} {out_lse.dtype}")
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must be [num_heads] = [{q.shape[1]}], got {tuple(sinks.shape)}")
-    cpu = _cpu_ops() if q.device.type == "cpu" and q.dtype in DTYPES else None
+    rows = (page_table, seq_lens, query_start_loc)
+    options = {"sliding_window": sliding_window, "softcap": softcap, "k_scales": k_scales, "v_scales": v_scales}
+    outs = {"out": out, "out_lse": out_lse}
+    if _has_triton_form(q, v_pages):
+        from .triton_ops import paged_attention as kernels
+
+        hints = {"num_decode_rows": num_decode_rows, "max_query_len": max_query_len, "max_seq_len": max_seq_len}
+        kernels.paged_attention(q, k_pages, v_pages, *rows, scale, sinks=sinks, **options, **hints, **outs)
+        return out
+    cpu = _cpu_ops() if q.device.type == "cpu" and q.dtype in DTYPES and k_scales is None and out_lse is None else None
     if cpu is None:
-        query_lens = query_start_loc.diff().tolist()
-        return torch_attention.paged_attention(
-            q,
-            k_pages,
-            v_pages,
-            page_table,
-            seq_lens,
-            query_lens,
-            seq_lens.tolist(),
-            scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-            out=out,
-        )
+        lens = (query_start_loc.diff().tolist(), seq_lens.tolist())
+        pages = (k_pages, v_pages, page_table, seq_lens)
+        return torch_attention.paged_attention(q, *pages, *lens, scale, sinks=sinks, **options, **outs)
     q = q if q.stride(2) == 1 else q.contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
     page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
     seq_lens, starts = seq_lens.contiguous(), query_start_loc.contiguous()
     cpu.paged_attention(q, k_pages, v_pages, page_table, seq_lens, starts, scale, sliding_window, softcap, sinks, out)
     return out
+
+
+def _has_triton_form(q: torch.Tensor, v_pages: torch.Tensor) -> bool:
+    return max(q.shape[2], v_pages.shape[3]) <= WIDEST_TRITON_DIM and q.dtype in DTYPES and not why_not(q.device)
 
 
 @functools.cache
@@ -134,6 +158,19 @@ def _check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
         raise ValueError("k_pages and v_pages must be contiguous and of one dtype")
 
 
+def _check_scales(pages: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None) -> None:
+    if (pages.dtype == FP8) != (k_scales is not None) or (k_scales is None) != (v_scales is None):
+        raise ValueError(f"pages of float8_e4m3fn, and only they, have k_scales and v_scales; got {pages.dtype}")
+    for scales in (k_scales, v_scales):
+        if scales is not None and (
+            scales.shape != pages.shape[:3] or scales.dtype != torch.float32 or not scales.is_contiguous()
+        ):
+            raise ValueError(
+                f"scales must be [num_pages, num_kv_heads, page_size] float32, contiguous, got {tuple(scales.shape)} "
+                f"{scales.dtype} for pages {tuple(pages.shape)}"
+            )
+
+
 def _check_queries(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -141,9 +178,10 @@ def _check_queries(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
 ) -> None:
-    if q.ndim != 3 or q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[1] or q.dtype != k_pages.dtype:
+    fits = q.dtype in DTYPES if k_pages.dtype == FP8 else q.dtype == k_pages.dtype
+    if q.ndim != 3 or q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[1] or not fits:
         raise ValueError(
-            f"q must be [num_tokens, num_heads, head_dim] of the pages' dtype, num_heads a multiple of num_kv_heads; "
+            f"q must be [num_tokens, num_heads, head_dim] of the pages' dtype (or they fp8), num_heads a multiple of num_kv_heads; "
             f"got {tuple(q.shape)} {q.dtype} for pages {tuple(k_pages.shape)} {k_pages.dtype}"
         )
     num_seqs = seq_lens.shape[0]

@@ -6,6 +6,7 @@ sequence's pages, query tensors with gaps between their rows. Knows nothing abou
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class PagedCase:
     sinks: torch.Tensor  # [num_heads] float32
     query_lens_cpu: tuple[int, ...]
     seq_lens_cpu: tuple[int, ...]
+    k_scales: torch.Tensor | None = None  # of fp8 pages
+    v_scales: torch.Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -91,3 +94,14 @@ def make_paged_case(
         query_lens_cpu=tuple(query_lens),
         seq_lens_cpu=tuple(seq_lens),
     )
+
+
+def quantized(case: PagedCase) -> PagedCase:
+    """The case with its pages in fp8, a scale for each token and head; slots that nobody wrote are NaN in both."""
+    parts = {}
+    for name in ("k", "v"):
+        pages = getattr(case, f"{name}_pages").float()
+        scales = pages.abs().amax(3) / 448  # [num_pages, num_kv_heads, page_size]
+        parts[f"{name}_pages"] = (pages / scales[..., None]).to(torch.float8_e4m3fn)
+        parts[f"{name}_scales"] = scales
+    return dataclasses.replace(case, **parts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hf_accel.engine.sampler import SampledToken, Sampler, SamplingRow
+from hf_accel.engine.logits_edits import SamplingRow
+from hf_accel.engine.sampled import SampledToken
+from hf_accel.engine.sampler import Sampler
 from hf_accel.sampling_params import SamplingParams
 
 

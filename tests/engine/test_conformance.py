@@ -32,6 +32,7 @@ AXES: dict[str, Sequence[Any]] = {
     "pool": ("roomy", "tiny"),
     "faults": ("none", "retract", "miss", "no_cache"),
     "seqs": (2, 16),
+    "overlap": (False, True),
 }
 PATHS: dict[str, dict[str, Any]] = {
     "fused": {},
@@ -82,6 +83,7 @@ def engine_options(point: dict[str, Any]) -> dict[str, Any]:
         "max_num_seqs": point["seqs"],
         "policy": point["policy"],
         "enable_prefix_cache": point["faults"] != "no_cache",
+        "overlap": point["overlap"],
         "faults": FaultInjection(check_integrity=True, **FAULTS[point["faults"]]),
         **PATHS[point["path"]],
     }

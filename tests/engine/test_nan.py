@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import hf_accel
 from hf_accel import Engine, SamplingParams, UnsupportedModelError
-from hf_accel.engine.sampler import InvalidLogits
+from hf_accel.engine.sampled import InvalidLogits
 
 from ..cpp_ops import needs_cpp_ops
 from ..patching.configs import left_padded, make_model

@@ -12,7 +12,8 @@ from transformers.generation import logits_process as hf
 
 from hf_accel.engine.inverse_cdf import invert, uniform
 from hf_accel.engine.logits_filters import filter_logits
-from hf_accel.engine.sampler import Sampler, _first_of_highest, logprobs_of
+from hf_accel.engine.sampled import logprobs_of
+from hf_accel.engine.sampler import Sampler, _first_of_highest
 from hf_accel.sampling_params import SamplingParams
 
 from .sampler_rows import make_row, sample

@@ -25,11 +25,7 @@ def why_not(device: torch.device) -> str:
     """ "" where Triton kernels run on `device`, else the reason in words."""
     if device.type != "cuda":
         return f"Triton kernels need a CUDA device, not {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
-    if capability(device) < LOWEST_CAPABILITY:
-        return f"Triton kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
-    return ""
+    return _why_not_cuda(device.index)
 
 
 def capability(device: torch.device) -> int:
@@ -53,6 +49,17 @@ def launch(kernel: Any, grid: Grid, *args: Any, num_warps: int = 4, num_stages: 
         compiler[1](kernel, grid, args, constexprs | options)
         return
     kernel[grid](*args, **constexprs, **options)
+
+
+@functools.cache
+def _why_not_cuda(index: int | None) -> str:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if _cuda_capability(index) < LOWEST_CAPABILITY:
+        return f"Triton kernels need compute capability 8.0, {torch.cuda.get_device_name(index)} has less"
+    return ""
 
 
 @functools.cache

@@ -20,7 +20,10 @@ def model(tiny_llama):
     return tiny_llama
 
 
-@pytest.fixture(params=[{}, {"max_prefill_chunk": 7}, {"fused": False}], ids=["plain", "chunked", "own-layers"])
+@pytest.fixture(
+    params=[{}, {"max_prefill_chunk": 7}, {"fused": False}, {"overlap": True, "max_prefill_chunk": 7}],
+    ids=["plain", "chunked", "own-layers", "overlap"],
+)
 def engine(model, byte_tokenizer, request, assert_idle):
     engine = Engine(model, byte_tokenizer, **CONFIG, **request.param)
     yield engine

@@ -17,7 +17,8 @@ CHECKED = FaultInjection(check_integrity=True)
 
 
 @pytest.fixture(
-    params=[{}, {"fused": False}, {"fused": False, "attention_backend": "torch"}], ids=["fused", "cpu", "torch"]
+    params=[{}, {"fused": False, "overlap": True}, {"fused": False, "attention_backend": "torch"}],
+    ids=["fused", "cpu-overlap", "torch"],
 )
 def engine(model, request, assert_idle):
     engine = Engine(model, num_pages=64, page_size=16, faults=CHECKED, **request.param)

@@ -11,9 +11,9 @@ import hf_accel
 from .callers import CONFIG
 
 
-@pytest.fixture(params=[True, False], ids=["fused", "own-layers"])
+@pytest.fixture(params=[{}, {"fused": False, "overlap": True}], ids=["fused", "own-layers-overlap"])
 def model(tiny_llama, request):
-    hf_accel.patch(tiny_llama, fused=request.param, **CONFIG)
+    hf_accel.patch(tiny_llama, **request.param, **CONFIG)
     yield tiny_llama
     hf_accel.unpatch(tiny_llama)
 
@@ -21,13 +21,13 @@ def model(tiny_llama, request):
 @pytest.fixture
 def batch_sizes(model, monkeypatch):
     """Requests in each step; steps are slowed down a little so that callers meet."""
-    executor, sizes = hf_accel.get_engine(model).core.executor, []
-    execute = executor.execute
+    runner, sizes = hf_accel.get_engine(model).core.executor.runner, []
+    forward = runner.forward
 
-    def recording(batch, requests):
-        sizes.append(len(requests))
+    def recording(batch):
+        sizes.append(len(batch.query_lens_cpu))
         time.sleep(0.001)
-        return execute(batch, requests)
+        return forward(batch)
 
-    monkeypatch.setattr(executor, "execute", recording)
+    monkeypatch.setattr(runner, "forward", recording)
     return sizes

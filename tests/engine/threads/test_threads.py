@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -155,23 +156,25 @@ def test_a_processor_that_calls_the_engine_back(model, assert_idle):
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("where", ["execute", "build"])
+@pytest.mark.parametrize("where", ["device", "build"])
 def test_keyboard_interrupt_inside_a_step_of_one_caller(model, monkeypatch, assert_idle, where):
     engine = hf_accel.get_engine(model)
     jobs = mixed_jobs(model)
     solo = [job() for job in jobs]
     executor = engine.core.executor
-    step_part, hit = getattr(executor, where), []
+    names = {"build": ["build"], "device": ["execute", "launch"]}[where]
+    parts, hit = {name: getattr(executor, name) for name in names}, []
     guilty: list[int] = []
 
-    def interrupted(*args):
+    def interrupted(name, *args):
         time.sleep(0.001)
         if threading.get_ident() in guilty and not hit and len(engine.core.scheduler.running) >= 3:
             hit.append(True)
             raise KeyboardInterrupt
-        return step_part(*args)
+        return parts[name](*args)
 
-    monkeypatch.setattr(executor, where, interrupted)
+    for name in names:
+        monkeypatch.setattr(executor, name, functools.partial(interrupted, name))
 
     def guilty_caller():
         guilty.append(threading.get_ident())
