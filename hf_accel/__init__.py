@@ -20,16 +20,22 @@ if TYPE_CHECKING:
     from hf_accel.patching.registry import UnsupportedModelError as UnsupportedModelError
     from hf_accel.pipeline import AcceleratedPipeline as AcceleratedPipeline
     from hf_accel.sampling_params import SamplingParams as SamplingParams
+    from hf_accel.structured.logits_processor import ChoiceLogitsProcessor as ChoiceLogitsProcessor
+    from hf_accel.structured.logits_processor import JSONSchemaLogitsProcessor as JSONSchemaLogitsProcessor
+    from hf_accel.structured.logits_processor import RegexLogitsProcessor as RegexLogitsProcessor
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "AcceleratedPipeline": "hf_accel.pipeline",
+    "ChoiceLogitsProcessor": "hf_accel.structured.logits_processor",
     "CompletionOutput": "hf_accel.engine.outputs",
     "ContinuationScore": "hf_accel.engine.outputs",
     "Engine": "hf_accel.engine.engine",
     "EngineConfig": "hf_accel.config",
     "EngineStats": "hf_accel.engine.outputs",
+    "JSONSchemaLogitsProcessor": "hf_accel.structured.logits_processor",
+    "RegexLogitsProcessor": "hf_accel.structured.logits_processor",
     "RequestOutput": "hf_accel.engine.outputs",
     "SamplingParams": "hf_accel.sampling_params",
     "StreamChunk": "hf_accel.engine.outputs",

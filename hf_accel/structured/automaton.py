@@ -148,7 +148,7 @@ def minimal(
 ) -> ByteDfa:
     """The minimal automaton equal to a complete description of one; arguments as the attributes of `ByteDfa`."""
     table, keep = _trim(table, accepting)
-    accepting, counters = accepting[keep], [counters[i] for i in np.flatnonzero(keep)]
+    accepting, counters = accepting[keep], [counters[int(i)] for i in np.flatnonzero(keep)]
     blocks = _equivalence(table, _labels(accepting, counters))
     _, first = np.unique(blocks, return_index=True)
     order = np.argsort(first, kind="stable")  # block ids in order of their first member: the start stays 0
@@ -162,7 +162,7 @@ def minimal(
         back.reshape(-1)[classes].astype(np.int32),
         np.ascontiguousarray(columns, dtype=np.int32),
         accepting[members],
-        tuple(counters[i] for i in members),
+        tuple(counters[int(i)] for i in members),
     )
 
 

@@ -30,7 +30,8 @@ class References:
         if fragment and not fragment.startswith("/"):
             if fragment not in self._anchors:
                 raise StructureError(f"$ref {reference!r} names nothing in the schema")
-            return self._anchors[fragment]
+            anchored: Schema = self._anchors[fragment]
+            return anchored
         target: Any = self._root
         for part in fragment.split("/")[1:]:
             key = part.replace("~1", "/").replace("~0", "~")

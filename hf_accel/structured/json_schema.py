@@ -33,18 +33,22 @@ def compile_json_schema(schema: Schema | str, *, whitespace: str = " ?", countin
     Raises:
         StructureError: the schema is none, uses what is not supported (the message names the keyword), or allows nothing.
     """
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except json.JSONDecodeError as error:
-            raise StructureError(f"the schema is no JSON: {error}") from None
+    root = _read(schema) if isinstance(schema, str) else schema
     try:
-        dfa = SchemaCompiler(schema, whitespace, counting).compile([schema])
+        dfa = SchemaCompiler(root, whitespace, counting).compile([root])
     except CounterConflict:
-        dfa = SchemaCompiler(schema, whitespace, counting=False).compile([schema])
+        dfa = SchemaCompiler(root, whitespace, counting=False).compile([root])
     if dfa.is_empty:
         raise StructureError("the schema allows no value at all: look for keywords that contradict each other")
     return dfa
+
+
+def _read(text: str) -> Schema:
+    try:
+        schema: Schema = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise StructureError(f"the schema is no JSON: {error}") from None
+    return schema
 
 
 class SchemaCompiler:

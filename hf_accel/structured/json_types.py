@@ -273,7 +273,8 @@ def _prefix_items(schema: dict[str, Any]) -> list[Schema]:
 
 def _rest_items(schema: dict[str, Any]) -> Schema:
     items = schema.get("items", True)
-    return schema.get("additionalItems", True) if isinstance(items, list) else items
+    rest: Schema = schema.get("additionalItems", True) if isinstance(items, list) else items
+    return rest
 
 
 def _value_schemas(schema: dict[str, Any], name: str) -> Iterable[Schema]:

@@ -116,7 +116,7 @@ class _Translator:
         self.searching = searching
 
     def sequence(self, items: Sequence[tuple[Any, Any]], flags: int, at_start: bool, at_end: bool) -> Node:
-        parts = []
+        parts: list[Node] = []
         for index, (op, value) in enumerate(items):
             first = at_start and all(_is_empty(part) or part == _START for part in parts)
             last = at_end and all(_is_anchor(op, _ENDS) for op in items[index + 1 :])

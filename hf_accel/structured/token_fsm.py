@@ -7,12 +7,14 @@ difference. Knows no tensors: `mask_table.py` puts it on a device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from hf_accel.structured.automaton import DEAD, ByteDfa
-from hf_accel.structured.syntax import CounterConflict, StructureError
+from hf_accel.structured.automaton import ByteDfa
+from hf_accel.structured.nfa import DEAD
+from hf_accel.structured.syntax import Counter, CounterConflict, StructureError
 from hf_accel.structured.token_walk import NEVER, Moves, walk_tokens
 from hf_accel.structured.vocabulary import Vocabulary
 
@@ -167,7 +169,7 @@ def _token_classes(moves: Moves, vocab_size: int) -> tuple[np.ndarray, int]:
 
 
 def _rows(
-    table: np.ndarray, need: np.ndarray, leaves: np.ndarray, counters: list[object]
+    table: np.ndarray, need: np.ndarray, leaves: np.ndarray, counters: Sequence[Counter | None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(allowed [num_rows, num_classes], row_of): a row for each state, or for each of a state's counts that differ."""
     blocks: list[np.ndarray] = []
@@ -179,11 +181,11 @@ def _rows(
         if counter is not None:
             # Nothing that a token needs is more than `depth`: only counts so near to a bound make a difference.
             depth = int(max(need[state][possible[0]].max(initial=0), leaves[state].max(initial=0)))
-            low, high = counter.low - depth - 1, counter.high - depth  # type: ignore[attr-defined]
+            low, high = counter.low - depth - 1, counter.high - depth
             row_of[state, 1:] = low, depth + 1, high, depth
-            counts = _representatives(row_of[state], counter.high)  # type: ignore[attr-defined]
-            enough = need[state] <= counter.high - counts[:, None]  # type: ignore[attr-defined]
-            may_leave = (leaves[state] == NEVER) | (counts[:, None] + leaves[state] >= counter.low)  # type: ignore[attr-defined]
+            counts = _representatives(row_of[state], counter.high)
+            enough = need[state] <= counter.high - counts[:, None]
+            may_leave = (leaves[state] == NEVER) | (counts[:, None] + leaves[state] >= counter.low)
             possible = possible & enough & may_leave
         blocks.append(possible)
         size += len(possible)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_accel.structured.automaton import DEAD, ByteDfa
+from hf_accel.structured.automaton import ByteDfa
+from hf_accel.structured.nfa import DEAD
 from hf_accel.structured.vocabulary import TokenTrie, expand
 
 MAX_PAIRS = 1 << 24  # (state, trie node) held at once

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from hf_accel.structured.automaton import DEAD, ByteDfa, compile_node
+from hf_accel.structured.automaton import ByteDfa, compile_node
+from hf_accel.structured.nfa import DEAD
 from hf_accel.structured.regex import parse_regex
 from hf_accel.structured.syntax import NOTHING, Language, Repeat, Seq, text
 

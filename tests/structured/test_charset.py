@@ -24,7 +24,7 @@ def members(ranges) -> set[int]:
 
 
 @given(RANGES, RANGES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_set_operations(first, second):
     a, b = CharSet.of(first), CharSet.of(second)
     assert members(a.ranges) == members(first)
@@ -36,7 +36,7 @@ def test_set_operations(first, second):
 
 
 @given(RANGES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_spellings_are_utf8_and_disjoint(ranges):
     spelled = [
         bytes(choice)

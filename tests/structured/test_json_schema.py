@@ -32,7 +32,7 @@ PERSON = {
 
 
 @given(schemas(), st.integers(0, 1 << 30))
-@settings(QUIET, max_examples=150)
+@settings(QUIET, max_examples=60)
 def test_accepted_texts_are_valid(schema, seed):
     try:
         dfa = compile_json_schema(schema)
@@ -86,7 +86,7 @@ compiled = functools.cache(compile_json_schema)
 
 @pytest.mark.parametrize(("schema", "instances"), COMPLETE)
 @given(data=st.data())
-@settings(QUIET, max_examples=25)
+@settings(QUIET, max_examples=12)
 def test_valid_instances_are_accepted(schema, instances, data):
     value, dfa = data.draw(instances), compiled(json.dumps(schema))
     for options in ({}, {"separators": (",", ":")}, {"ensure_ascii": False}):

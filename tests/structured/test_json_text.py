@@ -45,7 +45,7 @@ def test_every_spelling_once(start, count):
 
 
 @given(st.text(max_size=4), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_lengths_count_decoded_characters(value, ascii_only):
     dfa = compile_node(Repeat(Chars(ANY_CHAR), 0, 3), spell=json_sequences)
     assert dfa.accepts(json.dumps(value, ensure_ascii=ascii_only).encode()[1:-1]) == (len(value) <= 3)

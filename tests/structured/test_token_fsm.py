@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import regex
 
-from hf_accel.structured.automaton import DEAD, compile_node
+from hf_accel.structured.automaton import compile_node
 from hf_accel.structured.json_schema import compile_json_schema
+from hf_accel.structured.nfa import DEAD
 from hf_accel.structured.regex import parse_regex
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import DONE, TokenFsm, compile_fsm
