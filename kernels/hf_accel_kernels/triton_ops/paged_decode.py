@@ -28,12 +28,13 @@ from .paged_tiles import (
 MOST_SPLITS = 64
 SHORTEST_SPLIT = 128  # tokens
 WAVES = 2  # splits that a busy device should have for each place where one runs
-RESIDENT = 4  # such places of a multiprocessor
+RESIDENT = 3  # such places of a multiprocessor
 
-# widest of BLOCK_D, BLOCK_V -> (BLOCK_N, num_warps, num_stages). Three stages keep a tile on its way behind the page table,
-# five keep two: half as many bytes a token and more registers want that.
-CONFIGS = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3), 512: (16, 4, 3)}
-FP8_CONFIGS = {64: (64, 4, 5), 128: (64, 4, 5), 256: (32, 4, 5), 512: (16, 4, 5)}
+# widest of BLOCK_D, BLOCK_V -> (BLOCK_N, num_warps, num_stages). Behind a page table three stages load a tile only when the last
+# one is done with, five keep one more on its way, seven two: fp8 tiles are small, and their conversion leaves fewer programs
+# room on a multiprocessor.
+CONFIGS = {64: (128, 4, 5), 128: (64, 4, 5), 256: (32, 4, 5), 512: (16, 4, 5)}
+FP8_CONFIGS = {64: (128, 4, 5), 128: (64, 4, 7), 256: (32, 4, 7), 512: (16, 4, 7)}
 WIDE_CONFIGS = {64: (64, 4, 3), 128: (32, 4, 3), 256: (16, 4, 3), 512: (16, 4, 2)}  # float32
 
 

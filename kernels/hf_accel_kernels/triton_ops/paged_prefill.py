@@ -24,15 +24,15 @@ from .paged_tiles import (
     start_softmax,
 )
 
-# capability -> widest of BLOCK_D, BLOCK_V -> (BLOCK_M, BLOCK_N, num_warps, num_stages). Five stages keep two tiles on their
-# way behind the page table (three keep one): on Hopper, where one block fills a multiprocessor, nothing else hides the loads.
+# capability -> widest of BLOCK_D, BLOCK_V -> (BLOCK_M, BLOCK_N, num_warps, num_stages). Behind a page table five stages keep the
+# next tile on its way while one is computed (three load it only then), and few programs fit a multiprocessor to hide the loads.
 CONFIGS = {
     100: {64: (128, 64, 8, 5), 128: (128, 64, 8, 5), 256: (128, 32, 8, 5), 512: (64, 16, 8, 3)},
-    90: {64: (128, 64, 4, 5), 128: (128, 64, 8, 5), 256: (128, 32, 8, 5), 512: (32, 16, 8, 3)},
-    80: {64: (64, 64, 4, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 3), 512: (32, 16, 8, 3)},
+    90: {64: (128, 64, 4, 5), 128: (128, 64, 8, 5), 256: (128, 32, 8, 5), 512: (32, 16, 8, 5)},
+    80: {64: (64, 64, 4, 3), 128: (128, 32, 8, 5), 256: (64, 32, 8, 5), 512: (32, 16, 8, 5)},
 }
-MIDDLE_CONFIGS = {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 3), 512: (32, 16, 8, 3)}  # to 64 rows
-SMALL_CONFIGS = {64: (16, 64, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 3), 512: (16, 16, 4, 3)}  # to 16 rows
+MIDDLE_CONFIGS = {64: (64, 64, 4, 5), 128: (64, 32, 4, 5), 256: (64, 32, 8, 5), 512: (32, 16, 8, 5)}  # to 64 rows
+SMALL_CONFIGS = {64: (16, 64, 4, 5), 128: (16, 64, 4, 5), 256: (16, 32, 4, 5), 512: (16, 16, 4, 5)}  # to 16 rows
 WIDE_CONFIGS = {64: (32, 32, 4, 2), 128: (16, 32, 4, 2), 256: (16, 16, 4, 2), 512: (16, 16, 8, 1)}  # float32
 
 
@@ -69,8 +69,8 @@ def paged_prefill(
     options = page_options(k_pages, v_pages)
     width = max(64, options["BLOCK_D"], options["BLOCK_V"])
     block_m, block_n, num_warps, num_stages = _config(q, width, max_query_len * group)
-    if sliding_window and width == 64:
-        num_stages = min(num_stages, 3)  # the third loop needs the registers
+    if (sliding_window and width == 64) or options["FP8"] == 2:
+        num_stages = min(num_stages, 3)  # the third loop, or the conversion, needs the registers
     q, scale = positive_scale(q, scale)
     logits = logits_of(scale, softcap)
     launch(
