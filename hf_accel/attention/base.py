@@ -65,7 +65,6 @@ class AttentionBackend(ABC):
     def refresh_graph(self, metadata: AttentionMetadata, batch: AttentionBatch) -> None:  # noqa: B027
         """Called before each replay of what was captured with `metadata`, whose buffers hold `batch` by now."""
 
-    @abstractmethod
     def forward(
         self,
         q: torch.Tensor,
@@ -80,14 +79,49 @@ class AttentionBackend(ABC):
         softcap: float = 0.0,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Store this step's keys and values, then attend.
+        """`store` this step's keys and values, then `attend`; arguments are theirs."""
+        self.store(k, v, k_pages, v_pages, metadata)
+        return self.attend(
+            q, k_pages, v_pages, metadata, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+        )
+
+    @abstractmethod
+    def store(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        """Write this step's keys and values into their slots.
 
         Args:
-            q: [num_tokens, num_heads, head_dim], any strides.
             k: [num_tokens, num_kv_heads, head_dim], any strides.
             v: [num_tokens, num_kv_heads, v_head_dim], any strides.
             k_pages: [num_pages, num_kv_heads, page_size, head_dim]; written at the slots of `metadata`.
             v_pages: [num_pages, num_kv_heads, page_size, v_head_dim]; likewise.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int = 0,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over pages that hold this step's keys and values already.
+
+        Args:
+            q: [num_tokens, num_heads, head_dim], any strides.
+            k_pages: [num_pages, num_kv_heads, page_size, head_dim].
+            v_pages: [num_pages, num_kv_heads, page_size, v_head_dim].
             scale: factor on the dot products.
             sliding_window: 0 for none; w: the token at position i sees positions (i - w, i].
             softcap: 0 for none; else logits become softcap * tanh(logits / softcap).

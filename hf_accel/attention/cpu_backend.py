@@ -33,11 +33,20 @@ class CpuBackend(AttentionBackend):
         assert metadata.seq_lens.shape == (num_seqs,) and metadata.query_start_loc.shape == (num_seqs + 1,)
         return metadata
 
-    def forward(
+    def store(
         self,
-        q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (k, v))
+        self._ops.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
+
+    def attend(
+        self,
+        q: torch.Tensor,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
         metadata: AttentionMetadata,
@@ -47,11 +56,10 @@ class CpuBackend(AttentionBackend):
         softcap: float = 0.0,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
+        q = q if q.stride(2) == 1 else q.contiguous()
         if sinks is not None and (sinks.dtype != torch.float32 or not sinks.is_contiguous()):
             sinks = sinks.float().contiguous()
-        out = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype)
-        self._ops.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
+        out = torch.empty((q.shape[0], q.shape[1], v_pages.shape[3]), dtype=q.dtype)
         self._ops.paged_attention(
             q,
             k_pages,

@@ -83,11 +83,19 @@ class FlashInferBackend(AttentionBackend):
         lens = zip(plain.query_lens_cpu, plain.seq_lens_cpu, strict=True)
         return FlashInferMetadata(**vars(plain), plans=plans, other=other, exact=all(n <= total for n, total in lens))
 
-    def forward(
+    def store(
         self,
-        q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        ops.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
+
+    def attend(
+        self,
+        q: torch.Tensor,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
         metadata: AttentionMetadata,
@@ -109,10 +117,9 @@ class FlashInferBackend(AttentionBackend):
         if sinks is None and metadata.exact:
             wrapper = self._try(kind, metadata)
             if wrapper is not None:
-                ops.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
                 return wrapper.run(q=_dense(q), paged_kv_cache=(k_pages, v_pages))
         options = {"sliding_window": sliding_window, "softcap": softcap, "sinks": sinks}
-        return self.other.forward(q, k, v, k_pages, v_pages, metadata.other, scale=scale, **options)
+        return self.other.attend(q, k_pages, v_pages, metadata.other, scale=scale, **options)
 
     def store_latents(
         self,

@@ -18,11 +18,19 @@ class TorchBackend(AttentionBackend):
 
     name = "torch"
 
-    def forward(
+    def store(
         self,
-        q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        torch_attention.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
+
+    def attend(
+        self,
+        q: torch.Tensor,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
         metadata: AttentionMetadata,
@@ -32,7 +40,6 @@ class TorchBackend(AttentionBackend):
         softcap: float = 0.0,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        torch_attention.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
         return torch_attention.paged_attention(
             q,
             k_pages,

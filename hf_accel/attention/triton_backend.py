@@ -62,11 +62,19 @@ class TritonBackend(AttentionBackend):
     def plan_graph(self, batch: AttentionBatch) -> TritonMetadata:
         return dataclasses.replace(self.plan(batch), max_seq_len=None)
 
-    def forward(
+    def store(
         self,
-        q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        ops.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
+
+    def attend(
+        self,
+        q: torch.Tensor,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
         metadata: AttentionMetadata,
@@ -77,7 +85,6 @@ class TritonBackend(AttentionBackend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert isinstance(metadata, TritonMetadata)
-        ops.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
         rows = (metadata.page_table, metadata.seq_lens, metadata.query_start_loc)
         return ops.paged_attention(
             q,

@@ -20,34 +20,39 @@ WIDEST_TRITON_DIM = 512
 
 
 def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> None:
-    """Write the keys and values of new tokens into their slots of the pages.
+    """Write the keys and values of new tokens into their slots of the pages. No host sync on CUDA.
+
+    In fp8 pages a head of a token has a scale, the largest magnitude / 448 (1 where that is 0); values are divided by it.
 
     Args:
         k: [num_tokens, num_kv_heads, head_dim], any strides.
         v: [num_tokens, num_kv_heads, v_head_dim], any strides.
-        k_pages: [num_pages, num_kv_heads, page_size, head_dim], contiguous; written.
-        v_pages: [num_pages, num_kv_heads, page_size, v_head_dim], contiguous; written.
-        slot_mapping: [num_tokens] int64, page * page_size + offset; on CPU a negative slot skips its token.
+        k_pages: [num_pages, num_kv_heads, page_size, head_dim], contiguous, k's dtype or float8_e4m3fn with scales; written.
+        v_pages: [num_pages, num_kv_heads, page_size, v_head_dim], contiguous, k_pages' dtype; written.
+        slot_mapping: [num_tokens] int64, page * page_size + offset; a negative slot skips its token.
+        k_scales: [num_pages, num_kv_heads, page_size] float32, contiguous, for fp8 pages; written.
+        v_scales: the same for values.
 
     Raises:
         ValueError: shapes, dtypes or layouts disagree.
     """
-    _check_pages(k_pages, v_pages)
-    expected = (slot_mapping.shape[0], k_pages.shape[1])
-    if (*expected, k_pages.shape[3]) != k.shape or (*expected, v_pages.shape[3]) != v.shape:
-        raise ValueError(
-            f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [num_tokens, num_kv_heads, dim] for "
-            f"{expected[0]} slots and pages {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
-        )
-    if not k.dtype == v.dtype == k_pages.dtype or slot_mapping.dtype != torch.int64:
-        raise ValueError(
-            f"k, v and the pages must share one dtype ({k.dtype}, {v.dtype}, {k_pages.dtype}); slots int64"
-        )
-    cpu = _cpu_ops() if k.device.type == "cpu" and k.dtype in DTYPES else None
+    check_store(k, v, k_pages, v_pages, slot_mapping, k_scales, v_scales)
+    if k.dtype in DTYPES and not why_not(k.device):
+        from .triton_ops import kv_store
+
+        return kv_store.store_kv(k, v, k_pages, v_pages, slot_mapping, k_scales, v_scales)
+    cpu = _cpu_ops() if k.device.type == "cpu" and k.dtype in DTYPES and k_scales is None else None
     if cpu is None:
-        return torch_attention.store_kv(k, v, k_pages, v_pages, slot_mapping)
+        return torch_attention.store_kv(k, v, k_pages, v_pages, slot_mapping, k_scales, v_scales)
     k = k if k.stride(2) == 1 else k.contiguous()
     v = v if v.stride(2) == 1 else v.contiguous()
     return cpu.store_kv(k, v, k_pages, v_pages, slot_mapping.contiguous())
@@ -156,6 +161,31 @@ def _check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
         )
     if k_pages.dtype != v_pages.dtype or not k_pages.is_contiguous() or not v_pages.is_contiguous():
         raise ValueError("k_pages and v_pages must be contiguous and of one dtype")
+
+
+def check_store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
+) -> None:
+    """Raise ValueError for arguments that `store_kv` does not take."""
+    _check_pages(k_pages, v_pages)
+    _check_scales(k_pages, k_scales, v_scales)
+    expected = (slot_mapping.shape[0], k_pages.shape[1])
+    if (*expected, k_pages.shape[3]) != k.shape or (*expected, v_pages.shape[3]) != v.shape:
+        raise ValueError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [num_tokens, num_kv_heads, dim] for "
+            f"{expected[0]} slots and pages {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
+        )
+    fits = k.is_floating_point() if k_pages.dtype == FP8 else k.dtype == k_pages.dtype
+    if not fits or k.dtype != v.dtype or slot_mapping.dtype != torch.int64:
+        raise ValueError(
+            f"k, v and the pages must share one dtype ({k.dtype}, {v.dtype}, {k_pages.dtype}), or the pages be fp8; slots int64"
+        )
 
 
 def _check_scales(pages: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None) -> None:

@@ -9,14 +9,29 @@ import torch
 
 
 def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> None:
     """Write the keys and values of new tokens into their slots; see `ops.store_kv`."""
     page_size = k_pages.shape[2]
     for token, slot in enumerate(slot_mapping.tolist()):
-        if slot >= 0:
-            k_pages[slot // page_size, :, slot % page_size] = k[token]
-            v_pages[slot // page_size, :, slot % page_size] = v[token]
+        if slot < 0:
+            continue
+        for x, pages, scales in ((k[token], k_pages, k_scales), (v[token], v_pages, v_scales)):
+            for head, values in enumerate(x):  # [dim]
+                if scales is not None:
+                    values = values.float()
+                    scale = values.abs().max() / 448
+                    scale = scale if scale != 0 else torch.ones_like(scale)
+                    scales[slot // page_size, head, slot % page_size] = scale
+                    values = (values / scale).to(pages.dtype)
+                pages[slot // page_size, head, slot % page_size] = values
 
 
 def paged_attention(

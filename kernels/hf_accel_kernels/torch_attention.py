@@ -48,7 +48,13 @@ class Options:
 
 
 def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> None:
     """`ops.store_kv` in torch ops. On CUDA no slot may be negative (skipping one would need a host sync)."""
     if slot_mapping.device.type == "cpu" and slot_mapping.numel() and int(slot_mapping.min()) < 0:
@@ -56,8 +62,19 @@ def store_kv(
         k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
     page_size = k_pages.shape[2]
     pages, offsets = slot_mapping // page_size, slot_mapping % page_size
-    k_pages[pages, :, offsets] = k
-    v_pages[pages, :, offsets] = v
+    for x, target, scales in ((k, k_pages, k_scales), (v, v_pages, v_scales)):
+        if scales is not None:
+            x, scales[pages, :, offsets] = _quantize(x)
+            target = target.view(torch.uint8)  # fp8 has no index ops
+        target[pages, :, offsets] = x
+
+
+def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[num_tokens, num_heads, dim] -> bytes of the same in fp8, and [num_tokens, num_heads] float32 scales."""
+    x = x.float()
+    scales = x.abs().amax(dim=2) / 448.0
+    scales = torch.where(scales == 0, 1.0, scales)
+    return (x / scales[..., None]).to(torch.float8_e4m3fn).view(torch.uint8), scales
 
 
 def paged_attention(
