@@ -34,9 +34,9 @@ class CountingBackend(TorchBackend):
     def __init__(self) -> None:
         self.calls = 0
 
-    def forward(self, *args, **options):
+    def attend(self, *args, **options):
         self.calls += 1
-        return super().forward(*args, **options)
+        return super().attend(*args, **options)
 
     def absorbed_attention(self, *args):
         self.calls += 1
