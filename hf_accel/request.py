@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from hf_accel.sampling_params import SamplingParams
 
@@ -49,6 +50,7 @@ class Request:
         admission: order in which it last began to run; the newest is retracted first.
         page_updates: page-table changes that the next step must carry.
         error: why it failed.
+        constraint: what its output must satisfy, as the engine's sampler keeps it; nothing to the scheduler.
     """
 
     request_id: int
@@ -76,6 +78,7 @@ class Request:
     arrival: int = 0
     num_retractions: int = 0
     page_keys: list[tuple[int, ...]] = field(default_factory=list, repr=False)
+    constraint: Any = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:

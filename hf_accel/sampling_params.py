@@ -34,6 +34,11 @@ class SamplingParams:
         prompt_logprobs: the same for prompt tokens; their positions are computed, not taken from the prefix cache.
         logit_bias: token id -> value added to its logit.
         logits_processors: callables `(token_ids, logits) -> logits` that see the whole history; applied first.
+        regex: the output is a text that `re.fullmatch(regex, text)` matches. Needs a tokenizer, as do the next three, of
+            which only one may be given. Eos is allowed where the text is complete, also with `ignore_eos`.
+        json_schema: the output is JSON that a schema allows: a dict, JSON text, pydantic model, dataclass, TypedDict or type.
+        choice: the output is one of these texts.
+        json_object: the output is any JSON object.
 
     Raises:
         ValueError: for a value out of range, with the allowed range.
@@ -57,6 +62,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
+    regex: str | None = None
+    json_schema: Any = None
+    choice: Sequence[str] | None = None
+    json_object: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -87,6 +96,8 @@ class SamplingParams:
                 f"at most max_tokens={self.max_tokens}",
             )
         _check(all(self.stop), "stop", self.stop, "non-empty strings")
+        if self.num_constraints > 1:
+            raise ValueError("give only one of regex, json_schema, choice and json_object")
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or more, or None")
         _check(
             self.prompt_logprobs is None or self.prompt_logprobs >= 0,
@@ -94,6 +105,16 @@ class SamplingParams:
             self.prompt_logprobs,
             "0 or more, or None",
         )
+
+    @functools.cached_property
+    def constrained(self) -> bool:
+        """Whether the output must satisfy a constraint."""
+        return self.num_constraints > 0
+
+    @property
+    def num_constraints(self) -> int:
+        """How many of `regex`, `json_schema`, `choice` and `json_object` are given."""
+        return sum(v is not None for v in (self.regex, self.json_schema, self.choice)) + bool(self.json_object)
 
     @property
     def greedy(self) -> bool:
@@ -109,6 +130,7 @@ class SamplingParams:
             and self.presence_penalty == 0.0
             and self.frequency_penalty == 0.0
             and self.min_tokens == 0
+            and not self.constrained
             and self.logprobs is None
             and not self.logit_bias
             and not self.logits_processors

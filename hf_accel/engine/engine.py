@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from hf_accel.config import EngineConfig
 from hf_accel.engine import scoring
 from hf_accel.engine.async_stream import iterate_in_thread
+from hf_accel.engine.constraints import EngineConstraints
 from hf_accel.engine.executor import StepResult
 from hf_accel.engine.group import OutputGroup, make_output
 from hf_accel.engine.host import EngineHost
@@ -20,6 +21,7 @@ from hf_accel.engine.sampled import InvalidLogits
 from hf_accel.patching.registry import ModelSpec
 from hf_accel.request import Request, RequestStatus
 from hf_accel.sampling_params import SamplingParams
+from hf_accel.structured.token_fsm import TokenFsm
 
 
 class Engine(EngineHost):
@@ -56,6 +58,8 @@ class Engine(EngineHost):
         super()._build(spec)
         pool_tokens = self.core.cache.num_pages * self.config.page_size
         self._prompts = PromptReader(self.tokenizer, self.model, spec, pool_tokens)
+        device = self.core.executor.runner.device
+        self._constraints = EngineConstraints(self.tokenizer, spec.vocab_size, self._prompts.eos_token_ids, device)
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
@@ -87,10 +91,13 @@ class Engine(EngineHost):
     def _queue(
         self, text: str | None, token_ids: list[int], params: SamplingParams, priority: int, namespace: Hashable
     ) -> int:
+        fsm = self._constraints.compile(params)
         with self.core.lock:
             group: OutputGroup | None = None
             for index in range(params.n):
-                request = self.core.add(lambda rid, i=index: self._make(rid, token_ids, params, namespace, priority, i))
+                request = self.core.add(
+                    lambda rid, i=index: self._make(rid, token_ids, params, namespace, priority, i, fsm)
+                )
                 if group is None:
                     output = make_output(request.request_id, text, list(token_ids), params)
                     group = OutputGroup(output, params, self.tokenizer, skip_special_tokens=True)
@@ -108,6 +115,7 @@ class Engine(EngineHost):
         namespace: Hashable,
         priority: int,
         index: int,
+        fsm: TokenFsm | None,
     ) -> Request:
         seed = params.seed + index if params.seed is not None else int(torch.randint(1 << 62, ()))
         limit = self.core.executor.runner.spec.max_positions
@@ -119,11 +127,12 @@ class Engine(EngineHost):
             params=params,
             namespace=namespace,
             max_total_tokens=most,
-            eos_token_ids=frozenset() if params.ignore_eos else self._prompts.eos_token_ids,
+            eos_token_ids=frozenset() if params.ignore_eos and fsm is None else self._prompts.eos_token_ids,
             seed=seed,
             priority=priority,
             external_sampling=params.max_tokens == 0,
             logits_from=0 if params.prompt_logprobs is not None and index == 0 else None,
+            constraint=None if fsm is None else self._constraints.open(fsm),
         )
 
     def generate(
@@ -154,6 +163,8 @@ class Engine(EngineHost):
             )
         each = [one or SamplingParams() for one in each]
         read = [self._prompts.read(prompt, None, one) for prompt, one in zip(batch, each, strict=True)]
+        for one in each:
+            self._constraints.compile(one)  # what is refused is refused before anything is queued
         namespace = (self.begin_request(), None)
         ids: list[int] = []
         disable = (len(batch) <= 8 or None) if use_tqdm is None else not use_tqdm  # None: only on a terminal

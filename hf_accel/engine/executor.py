@@ -171,6 +171,7 @@ class Executor:
             row = SamplingRow(
                 request.params, request.token_ids, request.num_prompt_tokens, request.seed, request.eos_token_ids
             )
+            row.constraint = request.constraint
             self._rows[request] = row
         return row
 

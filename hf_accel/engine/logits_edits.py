@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_accel.engine.constraints import RowConstraint
 from hf_accel.engine.upload import upload
 from hf_accel.sampling_params import SamplingParams
 
@@ -25,6 +26,7 @@ class SamplingRow:
         num_prompt_tokens: how many of them are the prompt.
         seed: with the number of tokens so far, it determines the row's random number.
         eos_token_ids: ids that end the request (empty when it ignores eos); masked until `min_tokens`.
+        constraint: what its output must satisfy.
 
     A row that is kept from step to step, while its `token_ids` grow at the end, counts only the new tokens for penalties.
     """
@@ -34,6 +36,7 @@ class SamplingRow:
     num_prompt_tokens: int
     seed: int
     eos_token_ids: frozenset[int] = frozenset()
+    constraint: RowConstraint | None = None
     _counts: _TokenCounts | None = field(default=None, repr=False, compare=False)
 
     def below_min_tokens(self, length: int) -> bool:

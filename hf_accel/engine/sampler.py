@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_accel.engine.constraints import ConstrainedRows
 from hf_accel.engine.device_sampling import choose
 from hf_accel.engine.inverse_cdf import invert, uniform
 from hf_accel.engine.logits_edits import SamplingRow, edit, is_edited
@@ -27,7 +28,7 @@ class Sampler:
 
     On a row act, in this order: `logits_processors`, `logit_bias`, `repetition_penalty` (prompt and output, as HF's),
     `presence_penalty` and `frequency_penalty` (output, as OpenAI's), `min_tokens`, then argmax for greedy rows, or
-    temperature, top-k, top-p and min-p (as HF's, in its order) and a draw. A draw depends on the row's seed, its position
+    temperature, top-k, top-p and min-p (as HF's, in its order) and a draw, among the tokens that the row's constraint allows. A draw depends on the row's seed, its position
     and its own distribution, not on what else is in the batch.
     """
 
@@ -61,11 +62,16 @@ class Sampler:
         assert logits.dim() == 2 and logits.shape[0] == len(rows) == len(lengths)
         errors: dict[int, Exception] = {}
         edited = [i for i, (row, length) in enumerate(zip(rows, lengths, strict=True)) if is_edited(row, length)]
+        scores = logits
         if edited:
-            scores = {i: _edit_or_fail(logits[i], rows[i], lengths[i], i, errors) for i in edited}
-            token_ids, valid = _choose(_with_edited(logits, scores), rows, lengths)
-        else:
-            token_ids, valid = _choose(logits, rows, lengths)
+            edits = {i: _edit_or_fail(logits[i], rows[i], lengths[i], i, errors) for i in edited}
+            scores = _with_edited(logits, edits)
+        constrained = ConstrainedRows.among(rows, lengths, logits.device)
+        if constrained is not None:
+            scores = constrained.masked(scores, may_be_lost=bool(edited))
+        token_ids, valid = _choose(scores, rows, lengths)
+        if constrained is not None:
+            constrained.advance(token_ids)
         if ahead:
             for i in edited:
                 if rows[i].penalised and i not in errors:

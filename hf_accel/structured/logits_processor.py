@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_accel.structured.compiler import ConstraintCompiler, cache_folder
 from hf_accel.structured.constraint import WHITESPACE, Constraint
-from hf_accel.structured.mask_table import DONE, MaskTable
+from hf_accel.structured.mask_table import DONE, MaskTable, mask_and_keep_alive
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.vocabulary import Vocabulary
 
@@ -59,13 +59,7 @@ class ConstraintLogitsProcessor:
         table = self._table(scores.device)
         starts = self._starts(table, input_ids.shape[0])
         states = self._states(table, input_ids, starts)
-        masked = table.masked(scores, states)
-        lost = masked.amax(dim=-1, keepdim=True) == -torch.inf
-        if scores.device.type == "cuda" or bool(lost.any()):
-            alone = torch.zeros_like(masked)
-            table.apply(alone, states)
-            masked = torch.where(lost, alone, masked)
-        return masked
+        return mask_and_keep_alive(table, scores, states)
 
     def _states(self, table: MaskTable, input_ids: Tensor, starts: Tensor) -> Tensor:
         ids = input_ids.long()

@@ -6,6 +6,8 @@ only; nothing goes through the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,6 +58,15 @@ class MaskTable:
             self._kept.append(fsm)
         return self._starts[id(fsm)]
 
+    def state_after(self, fsm: TokenFsm, token_ids: Sequence[int]) -> int:
+        """The state of a row that begins with these tokens, all of them allowed."""
+        state, count = fsm.start, 0
+        for token_id in token_ids:
+            state, count = fsm.advance(state, token_id, count)
+            if state <= DONE:
+                return DONE
+        return self.start(fsm) - fsm.start + state + (count << _COUNT_SHIFT)
+
     def apply(self, logits: Tensor, states: Tensor) -> None:
         """Forbid, in place, what the rows' states do not allow; logits [num_rows, vocab_size], states [num_rows] int64."""
         apply_token_bitmask(logits, self.masks, self._mask_rows(states))
@@ -102,3 +113,12 @@ class MaskTable:
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def mask_and_keep_alive(table: MaskTable, scores: Tensor, states: Tensor) -> Tensor:
+    """`table.masked`; a row that others had left none of its allowed tokens gets them all alike: the constraint wins."""
+    masked = table.masked(scores, states)
+    lost = (masked.amax(dim=-1, keepdim=True) == -torch.inf) & (states >= 0)[:, None]
+    if scores.device.type == "cuda" or bool(lost.any()):
+        masked = torch.where(lost, table.masked(torch.zeros_like(scores), states), masked)
+    return masked
