@@ -76,8 +76,36 @@ class TritonBackend(AttentionBackend):
         softcap: float = 0.0,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        assert isinstance(metadata, TritonMetadata)
+        self.store(k, v, k_pages, v_pages, metadata)
+        return self.attend(
+            q, k_pages, v_pages, metadata, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+        )
+
+    def store(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        """Write this step's keys and values into their slots; see `ops.store_kv`."""
         ops.store_kv(k, v, k_pages, v_pages, metadata.slot_mapping)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int = 0,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over pages that hold this step's keys and values already."""
+        assert isinstance(metadata, TritonMetadata)
         rows = (metadata.page_table, metadata.seq_lens, metadata.query_start_loc)
         return ops.paged_attention(
             q,
