@@ -20,7 +20,7 @@ from hf_accel_kernels.triton_ops import paged_attention as kernels
 from ..kernels.triton import interpreter
 from ..patching.configs import VOCAB_SIZE, make_model
 
-NEW_TOKENS = 4
+NEW_TOKENS = 3
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ class _Unchecked(TritonBackend):
 def test_tokens_are_those_of_generate(family: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(family, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]).to(device)
     generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (21, 3, 11)]
+    prompts = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (19, 3)]
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=device)
@@ -67,7 +67,7 @@ def test_tokens_are_those_of_generate(family: str, device: torch.device, monkeyp
     monkeypatch.setattr(kernels, "paged_prefill", _counted(kernels.paged_prefill, calls, "prefill"))
     outputs = engine.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0))
     assert [output.outputs[0].token_ids for output in outputs] == expected
-    assert calls["decode"] >= 2 * (NEW_TOKENS - 1) and calls["prefill"] >= 2 * 3  # two layers; 35 tokens, 16 a step
+    assert calls["decode"] >= 2 * (NEW_TOKENS - 1) and calls["prefill"] >= 2 * 2  # two layers; 22 tokens, 16 a step
     engine.shutdown()
 
 

@@ -53,12 +53,11 @@ DECODE = {"tensor_cores": ("_decode_kernel",), "pipelined": ("_decode_kernel",)}
 PREFILL = {"tensor_cores": ("_prefill_kernel",), "pipelined": ("_prefill_kernel",)}
 CASES = {
     "decode 32/8 d128": Case(lambda: _attend(32, 8, 128, decode=True), **DECODE),
-    "decode 32/8 d64 page 128": Case(lambda: _attend(32, 8, 64, 128, decode=True), **DECODE),
+    "decode 32/8 d64 page 128": Case(lambda: _attend(32, 8, 64, 128, decode=True), chips=(90,), **DECODE),
     "decode 16/8 d256 window": Case(lambda: _attend(16, 8, 256, decode=True, window=1024, softcap=50.0), **DECODE),
-    "decode 32/8 d128 fp8": Case(lambda: _attend(32, 8, 128, decode=True, kv=FP8), **DECODE),
+    "decode 32/8 fp8 d128": Case(lambda: _attend(32, 8, 128, decode=True, kv=FP8), chips=(80, 90), **DECODE),
     "prefill 32/8 d128": Case(lambda: _attend(32, 8, 128), **PREFILL),
-    "prefill 64/8 d64 window": Case(lambda: _attend(64, 8, 64, window=128), **PREFILL),
-    "prefill 16/8 d256 page 64": Case(lambda: _attend(16, 8, 256, 64, softcap=50.0), **PREFILL),
-    "prefill 32/8 d128 fp8": Case(lambda: _attend(32, 8, 128, kv=FP8), **PREFILL),
-    "prefill 32/8 d128, few rows": Case(lambda: _attend(32, 8, 128, query_len=4), **PREFILL),
+    "prefill 64/8 d64 window": Case(lambda: _attend(64, 8, 64, window=128), chips=(80, 90), **PREFILL),
+    "prefill 16/8 d256 page 64": Case(lambda: _attend(16, 8, 256, 64, softcap=50.0), chips=(90, 100), **PREFILL),
+    "prefill 32/8 fp8 d128": Case(lambda: _attend(32, 8, 128, kv=FP8), chips=(80, 90), **PREFILL),
 }

@@ -65,8 +65,8 @@ def test_head_dims(dtype: torch.dtype, dims: tuple[int, int], device: torch.devi
 
 @pytest.mark.parametrize("page_size", [1, 5, 16, 48, 64, 256])
 def test_page_sizes(page_size: int, device: torch.device) -> None:
-    lens = ((1, 1, 40), (150, 20, 150))
-    case = make_paged_case(*lens, num_kv_heads=2, group=2, head_dim=48, page_size=page_size, device=device)
+    lens = ((1, 1, 40), (150, 20, 90))
+    case = make_paged_case(*lens, num_kv_heads=1, group=2, head_dim=48, page_size=page_size, device=device)
     check(case, decode=2)
     check(case, sliding_window=70)
 
@@ -90,9 +90,7 @@ def test_window_and_softcap(dtype: torch.dtype, options: dict[str, Any], device:
     check(case, decode=2, sinks=case.sinks, **options)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("sliding_window", [0, 300])
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("fp8", "sliding_window", "sinks"), [(False, 0, True), (True, 0, False), (False, 300, True)])
 def test_splits(fp8: bool, sliding_window: int, sinks: bool, device: torch.device) -> None:
     """Long and short sequences, an idle one, in one launch whose grid has room for more splits than any has."""
     case = make_paged_case((1, 1, 1, 1), (900, 131, 1, 420), num_kv_heads=1, group=2, head_dim=40, device=device)
@@ -175,7 +173,7 @@ def test_nan_query_stays_nan_in_its_own_row(dtype: torch.dtype, device: torch.de
 
 def test_random_batches(device: torch.device) -> None:
     rng = random.Random()  # fresh every run; the message carries what is needed to repeat it
-    for _ in range(20):
+    for _ in range(14):
         seed = rng.randrange(1 << 30)
         pick = random.Random(seed)
         decode = pick.randint(0, 3)
