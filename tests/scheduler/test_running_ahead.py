@@ -116,14 +116,18 @@ class LateSimulation(Simulation):
         for item, table, known in rows:
             history = known + ((self.token_table[item.slot],) if item.token_ids == (UNKNOWN_TOKEN,) else ())
             end = item.start + len(item.token_ids)
-            assert len(history) >= end and (item.token_ids == (UNKNOWN_TOKEN,) or history[item.start : end] == item.token_ids)
+            assert len(history) >= end and (
+                item.token_ids == (UNKNOWN_TOKEN,) or history[item.start : end] == item.token_ids
+            )
             histories.append(history)
             for position in range(item.start, end):
                 self.pages[table[position // size]][position % size] = history[: position + 1]
         for (item, table, _), history in zip(rows, histories, strict=True):
             end = item.start + len(item.token_ids)
             for p in range(end):
-                assert self.pages[table[p // size]][p % size] == history[: p + 1], "the pages do not hold the row's tokens"
+                assert self.pages[table[p // size]][p % size] == history[: p + 1], (
+                    "the pages do not hold the row's tokens"
+                )
             if item.at_end:
                 assert end == len(history)
                 sampled[item.request_id] = self.token_table[item.slot] = next_token(list(history))
@@ -139,7 +143,9 @@ class LateSimulation(Simulation):
             self._copy(launched)
             for item, table in zip(launched.output.requests, launched.tables, strict=True):
                 for position in range(item.start, item.start + len(item.token_ids)):
-                    self.pages[table[position // self.config.page_size]][position % self.config.page_size] = ("garbage",)
+                    self.pages[table[position // self.config.page_size]][position % self.config.page_size] = (
+                        "garbage",
+                    )
         self.token_table = dict.fromkeys(self.token_table, 99)
         self.in_flight.clear()
         self.scheduler.roll_back()

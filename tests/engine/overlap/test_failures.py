@@ -129,26 +129,29 @@ def test_a_launch_that_breaks(engine, model, monkeypatch, error, after):
     assert outputs == expected
 
 
-def test_copies_that_fail_with_a_step_in_flight(engine, model, monkeypatch):
-    first = engine.add_request(PROMPTS[0], greedy(20))
-    for _ in range(4):
-        engine.step()
-    pool = engine.core.executor.runner.pool
+def test_copies_that_fail_with_a_step_in_flight(make_engine, model, monkeypatch, assert_idle):
+    engine = make_engine(max_num_seqs=2)
+    pool, in_flight = engine.core.executor.runner.pool, []
 
     def fails(page_copies: Any) -> None:
+        in_flight.append(engine.core._overlapped.in_flight)
         for pages in (*pool.k_pages, *pool.v_pages):
             pages.fill_(1e4)
         raise MemoryError
 
+    first, _ = engine.add_request(PROMPTS[0], greedy(20)), engine.add_request(PROMPTS[1], greedy(4))
+    last = engine.add_request(PROMPTS[0][:28], greedy(20))  # admitted late; its last page is copied from the first one's
+    other = engine.add_request(PROMPTS[2], greedy(20))
     with monkeypatch.context() as patch:
         patch.setattr(pool, "copy_pages", fails)
-        second = engine.add_request(PROMPTS[0][:28], greedy(20))  # its last page is copied from the first one's
         with pytest.raises(MemoryError):
-            for _ in range(9):
-                engine.step()
-    assert engine.stats().num_pages_cached == 0
-    assert engine.result(second).outputs[0].token_ids == hf_greedy(model, PROMPTS[0][:28], 20)
+            engine.result(last)
+    assert in_flight == [True]
+    assert engine.stats().num_pages_cached == 0 and engine.stats().num_running == 0
     assert engine.result(first).outputs[0].token_ids == hf_greedy(model, PROMPTS[0], 20)
+    assert engine.result(other).outputs[0].token_ids == hf_greedy(model, PROMPTS[2], 20)
+    engine.step()  # hands over the short one
+    assert_idle(engine)
 
 
 def test_calls_that_change_the_engine_wait_for_the_step_in_flight(engine, model):
