@@ -58,7 +58,7 @@ class EngineCore:
         self._condition = threading.Condition(self._lock)
         self._stepper: int | None = None  # the thread that runs a step now
         self._num_visitors = 0  # threads that wait for the gap between two steps
-        self._num_drivers = 0  # threads inside `drive`
+        self._num_drivers = 0  # threads inside `drive` or `driving`
         self._held_logits: dict[int, torch.Tensor] = {}
         self._num_sampling = 0
         self._last_step_end = 0.0
@@ -72,6 +72,8 @@ class EngineCore:
         """Queue the request that `make_request(request_id)` builds."""
         with interrupts_deferred(), self._lock:
             request = make_request(next(self._ids))
+            if self.scheduler.is_empty:
+                self.executor.queue.meter.pause()  # up to now the device had nothing to do
             self.requests[request.request_id] = request
             self.scheduler.add(request)
             return request
@@ -96,7 +98,7 @@ class EngineCore:
     def drive(self, done: Callable[[], bool]) -> None:
         """Run steps, or let another thread run them, until `done()` (called under the lock) says so.
 
-        The last thread to leave leaves no step in flight.
+        The last thread to leave leaves no step in flight: see `driving`.
         """
         with self._lock:
             self._refuse_own_step()
@@ -112,10 +114,24 @@ class EngineCore:
                     else:
                         self._step()
             finally:
-                self._num_drivers -= 1
-                others = self._num_drivers or self._num_visitors or self._stepper is not None
-                if self._overlapped.in_flight and not others:
-                    self._drain()
+                self._leave()
+
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        """Around `drive` calls of one thread that follow each other closely: between them a step stays in flight."""
+        with self._lock:
+            self._num_drivers += 1
+        try:
+            yield
+        finally:
+            with interrupts_deferred(), self._lock:
+                self._leave()
+
+    def _leave(self) -> None:
+        self._num_drivers -= 1
+        others = self._num_drivers or self._num_visitors or self._stepper is not None
+        if self._overlapped.in_flight and not others:
+            self._drain()
 
     def step(self) -> bool:
         """Run one step if there is work and nobody else is stepping; says whether it ran. It may leave one in flight."""
@@ -219,20 +235,20 @@ class EngineCore:
                 self._last_step_end = time.monotonic()
                 self._last_step_seconds = self._last_step_end - start
                 self.busy_seconds += self._last_step_seconds
-                if self.scheduler.is_empty:
-                    self.executor.queue.meter.pause()
                 self._condition.notify_all()
         if self.config.faults.check_integrity:
             self.scheduler.check_integrity()
 
     def _drain(self) -> None:
         """Take in what is in flight. Nobody is stepping."""
+        start = time.monotonic()
         with interrupts_deferred():
             self._stepper = threading.get_ident()
             try:
                 self._overlapped.drain()
             finally:
                 self._stepper = None
+                self.busy_seconds += time.monotonic() - start
                 self._condition.notify_all()
         if self.config.faults.check_integrity:
             self.scheduler.check_integrity()

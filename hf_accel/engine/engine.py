@@ -169,7 +169,7 @@ class Engine(EngineHost):
         ids: list[int] = []
         disable = (len(batch) <= 8 or None) if use_tqdm is None else not use_tqdm  # None: only on a terminal
         try:
-            with tqdm(total=len(batch), disable=disable, desc="generate", unit="prompt") as bar:
+            with tqdm(total=len(batch), disable=disable, desc="generate", unit="prompt") as bar, self.core.driving():
                 for (text, token_ids), one in zip(read, each, strict=True):
                     ids.append(self._queue(text, token_ids, one, 0, namespace))
                 groups = [self._groups[i] for i in ids]
@@ -194,7 +194,11 @@ class Engine(EngineHost):
             self._forget(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step by hand; returns (and forgets) the requests that it finished."""
+        """Run one step by hand; returns (and forgets) the requests that it finished.
+
+        With `overlap` that is the step launched before this one, and this one may still run: until a call that waits
+        (`result`, `generate`, a new request) the weights must stay as they are.
+        """
         self.core.step()
         with self.core.lock:
             done = [i for i, g in self._groups.items() if g.output.finished]

@@ -155,17 +155,16 @@ def _generate_native(call: _Call) -> torch.Tensor:
     """Rows advance on their own; the engine takes the argmax."""
     rows, core = call.rows, call.core
     reported = 0
-    while True:
-        core.drive(lambda seen=reported: sum(row.status.ended for row in rows) > seen)
-        with core.lock:
-            num_ended = sum(row.status.ended for row in rows)
-            error = next((row.error for row in rows if row.error is not None), None)
-        if error is not None:
-            raise error
-        progress.report(num_ended - reported)
-        reported = num_ended
-        if reported == len(rows):
-            break
+    with core.driving():
+        while reported < len(rows):
+            core.drive(lambda seen=reported: sum(row.status.ended for row in rows) > seen)
+            with core.lock:
+                num_ended = sum(row.status.ended for row in rows)
+                error = next((row.error for row in rows if row.error is not None), None)
+            if error is not None:
+                raise error
+            progress.report(num_ended - reported)
+            reported = num_ended
     outputs = [row.token_ids[row.num_prompt_tokens :] for row in rows]
     if any(row.finish_reason == "abort" for row in rows):
         raise RuntimeError("the engine aborted this call's rows (flush_cache, sleep or shutdown from another thread)")

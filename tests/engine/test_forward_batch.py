@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_accel.engine.forward_batch import ForwardBatchBuilder
-from hf_accel.scheduler.output import ScheduledRequest, SchedulerOutput
+from hf_accel.scheduler.output import UNKNOWN_TOKEN, ScheduledRequest, SchedulerOutput
 
 
 def _decode_step(draw: random.Random, page_size: int, num_seqs: int) -> SchedulerOutput:
@@ -18,15 +18,16 @@ def _decode_step(draw: random.Random, page_size: int, num_seqs: int) -> Schedule
     for index, slot in enumerate(slots):
         start = draw.randrange(300)
         updates = tuple((page, draw.randrange(9999)) for page in range(start // page_size + 1))
-        requests.append(ScheduledRequest(index, slot, (draw.randrange(32000),), start, updates, 1))
+        token_id = draw.choice((draw.randrange(32000), UNKNOWN_TOKEN))
+        requests.append(ScheduledRequest(index, slot, (token_id,), start, updates, 1))
     return SchedulerOutput(tuple(requests), num_seqs)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 def test_decode_path_builds_what_the_general_path_builds(page_size: int) -> None:
     draw = random.Random(page_size)
-    builder = ForwardBatchBuilder(64, page_size, torch.device("cpu"))
-    for _ in range(30):
+    for step in range(30):
+        builder = ForwardBatchBuilder(64, page_size, torch.device("cpu"), token_table=step % 2 == 1)
         output = _decode_step(draw, page_size, draw.randint(1, 20))
         decode, mixed = builder.build(output), builder._build_mixed(output)
         for field in dataclasses.fields(decode):
@@ -58,3 +59,19 @@ def test_a_prefill_chunk_without_logits_takes_the_general_path() -> None:
     chunk = ScheduledRequest(1, 0, (5,), 0, ((0, 3),), 0)
     batch = builder.build(SchedulerOutput((chunk,), 1))
     assert batch.logits_indices.tolist() == [] and batch.num_logits_cpu == (0,)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_slots_of_the_token_table(length: int) -> None:
+    builder = ForwardBatchBuilder(8, 4, torch.device("cpu"), token_table=True)
+    requests = (
+        ScheduledRequest(7, 2, (UNKNOWN_TOKEN,), 5, ((0, 3), (1, 1)), 1),
+        ScheduledRequest(8, 6, (12,) * length, 0, ((0, 5),), 1),
+    )
+    batch = builder.build(SchedulerOutput(requests, 1 + length))
+    assert batch.token_slots is not None and batch.token_slots.tolist() == [2] + [6] * length
+    assert batch.has_unknown and batch.input_ids.tolist() == [UNKNOWN_TOKEN] + [12] * length
+    kept = batch.page_table.clone()
+    again = (ScheduledRequest(9, 2, (4,), 0, ((0, 7), (1, 7)), 1),)
+    assert not builder.build(SchedulerOutput(again, 1)).has_unknown
+    assert torch.equal(batch.page_table, kept)  # the first batch may run only now

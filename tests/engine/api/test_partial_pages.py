@@ -118,8 +118,9 @@ def test_no_cache_no_copies(model, monkeypatch, options):
     assert not copies.made
 
 
-def test_a_failing_batch_mate_repeats_no_copy(model, monkeypatch, assert_idle):
-    engine = Engine(model, num_pages=64, page_size=16, faults=CHECKED)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failing_batch_mate_repeats_no_copy(model, monkeypatch, assert_idle, overlap):
+    engine = Engine(model, num_pages=64, page_size=16, faults=CHECKED, overlap=overlap)
     ids = ids_of(7, 21)
     expected = hf_greedy(model, ids, 8)
     engine.generate([ids], greedy(8))
@@ -134,7 +135,7 @@ def test_a_failing_batch_mate_repeats_no_copy(model, monkeypatch, assert_idle):
 
     monkeypatch.setattr(engine.core.executor.runner, "forward", poisoned)
     outputs = engine.generate([ids, [*ids[:18], 255, 3], ids], greedy(8))
-    assert calls[:4] == [3, 1, 1, 1]  # the batch, then each alone
+    assert calls[overlap:][:4] == [3, 1, 1, 1]  # the batch (again, not launched ahead), then each alone
     assert isinstance(outputs.pop(1).error, ZeroDivisionError)
     assert [(o.num_cached_tokens, o.outputs[0].token_ids) for o in outputs] == [(20, expected)] * 2
     assert len(copies.made) == 3
@@ -145,10 +146,14 @@ def test_a_failing_batch_mate_repeats_no_copy(model, monkeypatch, assert_idle):
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("where", ["build", "execute"])
+@pytest.mark.parametrize(
+    ("where", "overlap"), [("build", False), ("execute", False), ("build", True), ("launch", True)]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_a_step_that_breaks_after_its_copies_is_run_again_without_them(model, monkeypatch, assert_idle, where, error):
-    engine = Engine(model, num_pages=64, page_size=16, faults=CHECKED)
+def test_a_step_that_breaks_after_its_copies_is_run_again_without_them(
+    model, monkeypatch, assert_idle, where, overlap, error
+):
+    engine = Engine(model, num_pages=64, page_size=16, faults=CHECKED, overlap=overlap)
     ids = ids_of(8, 21)
     engine.generate([ids], greedy(8))
     copies = Copies(engine, monkeypatch)

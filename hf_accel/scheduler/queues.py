@@ -1,0 +1,183 @@
+"""Who is queued, and how far each request is: the part of the scheduler that takes in what happened.
+
+A step may be planned while launched ones run (`launched`): `num_launched_tokens` and placeholders for the tokens being
+sampled run ahead, `num_computed_tokens` and `token_ids` follow with the results (`update`). Pages go to the prefix tree,
+and are copied, only as far as the latter, so the former can be taken back at any time (`roll_back`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+from hf_accel.config import EngineConfig
+from hf_accel.kv_cache.manager import KVCacheManager
+from hf_accel.request import Request, RequestStatus
+from hf_accel.scheduler.output import ScheduledRequest, SchedulerOutput
+
+
+class RequestQueue:
+    """Waiting and running requests, their slots, their counters and their ends."""
+
+    def __init__(self, config: EngineConfig, cache: KVCacheManager) -> None:
+        self.config = config
+        self.cache = cache
+        self.waiting: dict[int, Request] = {}
+        self.running: dict[int, Request] = {}
+        self.num_retractions = 0
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._num_arrivals = 0
+        self._front = 0
+        self._launched: deque[SchedulerOutput] = deque()  # their results are not there yet
+        self._need_host: dict[int, Request] = {}  # queued ones that need, or needed, the host between two steps
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would have something to compute."""
+        return any(computable(r) for r in self.running.values()) or any(computable(r) for r in self.waiting.values())
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether nobody in the next step needs the results of the launched ones before it is planned."""
+        return not any(r.needs_host and computable(r) for r in self._need_host.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no request is queued."""
+        return not self.running and not self.waiting
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        if request.needs_host:
+            self._need_host[request.request_id] = request
+        request.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self.waiting[request.request_id] = request
+
+    def finish(self, request: Request, status: RequestStatus, reason: str, error: BaseException | None = None) -> None:
+        """End a request, once; its pages go back, its computed prefix stays in the cache (not that of a failed one)."""
+        if request.status.ended:
+            return
+        self._need_host.pop(request.request_id, None)
+        if request.status is RequestStatus.RUNNING:
+            self.cache.free(request, cache=status is not RequestStatus.FAILED)
+            del self.running[request.request_id]
+            self._release_slot(request)
+        else:
+            del self.waiting[request.request_id]
+        request.status, request.finish_reason, request.error = status, reason, error
+
+    def append_token(self, request: Request, token_id: int) -> None:
+        """Append a sampled token and end the request if it is its last one."""
+        request.token_ids.append(token_id)
+        request.awaiting_token = False
+        params = request.params
+        if request.external_sampling:
+            return
+        may_stop = request.num_output_tokens >= params.min_tokens
+        if may_stop and (token_id in request.eos_token_ids or token_id in params.stop_token_ids):
+            self.finish(request, RequestStatus.FINISHED, "stop")
+        elif request.num_tokens >= request.max_total_tokens:
+            self.finish(request, RequestStatus.FINISHED, "length")
+
+    # ---- launched steps and results -------------------------------------------------------------------------------
+
+    def launched(self, output: SchedulerOutput) -> None:
+        """The step is on the device, behind those launched before: plan on as if it were done."""
+        self._launched.append(output)
+        for item in output.requests:
+            request = self.running.get(item.request_id)
+            if request is not None:  # else it was ended while the step was launched
+                request.num_launched_tokens = item.start + len(item.token_ids)
+                request.num_placeholders += item.at_end
+
+    def update(self, output: SchedulerOutput, sampled: Mapping[int, int]) -> None:
+        """Take in a step's result: advance its requests, append the token of each natively sampled one that reached its end.
+
+        Launched steps come in their order. What was meanwhile ended takes nothing in, what was retracted only its token.
+        """
+        late = bool(self._launched)
+        if late:
+            assert self._launched.popleft() is output, "results out of order"
+        for item in output.requests:
+            request = self.running.get(item.request_id) or self.waiting.get(item.request_id)
+            if request is None:
+                continue
+            request.num_placeholders -= late and item.at_end
+            if request.status is RequestStatus.RUNNING and request.admission == item.admission:
+                self._advance(request, item, late)
+            if item.at_end and request.external_sampling:
+                request.awaiting_token = True
+            elif item.at_end and item.request_id in sampled:
+                self.append_token(request, sampled[item.request_id])
+
+    def _advance(self, request: Request, item: ScheduledRequest, late: bool) -> None:
+        was_prefill = len(item.token_ids) > 1 or request.num_computed_tokens < request.num_prompt_tokens
+        request.num_computed_tokens = item.start + len(item.token_ids)
+        if not late:
+            request.num_launched_tokens = request.num_computed_tokens
+        if request.logits_from is not None:  # those before were handed out: retraction need not compute them again
+            request.logits_from = None if item.at_end else max(request.logits_from, request.num_computed_tokens)
+        if was_prefill:
+            # The runner has the row's table up to date, so a page swapped for the tree's copy must be sent again. A step
+            # launched meanwhile reads the page given up: whatever the page gets next is written behind that step.
+            request.page_updates.extend(self.cache.commit(request))
+
+    def roll_back(self) -> None:
+        """The launched steps are lost: what they were to compute is planned again, and each row's page table sent whole."""
+        self._launched.clear()
+        for request in (*self.running.values(), *self.waiting.values()):
+            request.num_launched_tokens = request.num_computed_tokens
+            request.num_placeholders = 0
+        self.resend_pages(self.running.values())
+
+    def resend_pages(self, requests: Iterable[Request]) -> None:
+        """The page table may not have taken a step's changes: send each running row whole with its next step."""
+        for request in requests:
+            if request.status is RequestStatus.RUNNING:
+                request.page_updates = list(enumerate(self.cache.page_ids(request.request_id)))
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _send_back(self, request: Request) -> None:
+        """From running to the front of the waiting queue, to be computed anew. What steps in flight sample for it counts."""
+        self.cache.free(request)
+        del self.running[request.request_id]
+        self._release_slot(request)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = request.num_launched_tokens = 0
+        request.num_retractions += 1
+        self._front -= 1
+        request.arrival = self._front
+        self.waiting = {request.request_id: request, **self.waiting}
+        self.num_retractions += 1
+
+    def _release_slot(self, request: Request) -> None:
+        assert request.slot is not None
+        self._free_slots.append(request.slot)
+        request.slot = None
+        request.page_updates = []
+
+    def check_integrity(self) -> None:
+        """Assert that queues, slots and pages agree."""
+        self.cache.check_integrity()
+        slots = [r.slot for r in self.running.values()]
+        assert None not in slots and len(set(slots)) == len(slots), "two running requests share a slot"
+        assert len(slots) + len(self._free_slots) == self.config.max_num_seqs, "a slot leaked"
+        for request in (*self.running.values(), *self.waiting.values()):
+            assert not request.status.ended, f"request {request.request_id} ended but is still queued"
+            assert 0 <= request.num_computed_tokens <= request.num_tokens
+            assert request.num_computed_tokens <= request.num_launched_tokens <= request.num_planned_tokens
+            assert 0 <= request.num_placeholders <= len(self._launched)
+            assert self._launched or request.num_launched_tokens == request.num_computed_tokens, "a lost step"
+        if not self.running:
+            self.cache.check_idle()
+
+
+def computable(request: Request) -> bool:
+    """Whether a step planned now may compute something for it."""
+    if request.num_placeholders:
+        # What was retracted waits for its token; and a row whose last token is being sampled needs no more steps.
+        ahead = request.status is RequestStatus.RUNNING and request.num_planned_tokens < request.max_total_tokens
+        return ahead and request.num_pending_tokens > 0
+    return request.num_pending_tokens > 0 and not request.awaiting_token
