@@ -38,7 +38,8 @@ class Executor:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.num_pages = runner.num_pages
-        self.builder = ForwardBatchBuilder(runner.config.max_num_seqs, runner.config.page_size, runner.device)
+        buffers = runner.graphs.buffers if runner.graphs is not None else None
+        self.builder = ForwardBatchBuilder(runner.config.max_num_seqs, runner.config.page_size, runner.device, buffers)
         self.sampler = Sampler()
         # One row a request over its own growing token list: penalties then count only what is new.
         self._rows: weakref.WeakKeyDictionary[Request, SamplingRow] = weakref.WeakKeyDictionary()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from hf_accel.scheduler.output import ScheduledRequest, SchedulerOutput
+
+if TYPE_CHECKING:
+    from hf_accel.engine.decode_buffers import DecodeBuffers, StagedStep
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class ForwardBatch:
         query_lens_cpu: tokens of each request in this step.
         seq_lens_cpu: `seq_lens` on the host.
         num_logits_cpu: rows of logits that each request gets.
+        staged: what `upload` must bring to the device first, where the tensors are the persistent buffers of decode steps.
     """
 
     input_ids: torch.Tensor
@@ -37,14 +42,26 @@ class ForwardBatch:
     query_lens_cpu: tuple[int, ...]
     seq_lens_cpu: tuple[int, ...]
     num_logits_cpu: tuple[int, ...]
+    staged: StagedStep | None = None
+
+    def upload(self) -> None:
+        """Make the tensors hold this step; called when its turn comes, before any of them is read."""
+        if self.staged is not None:
+            self.staged.upload()
 
 
 class ForwardBatchBuilder:
-    """Keeps the page table of the running requests and builds batches from diffs: no work grows with the context."""
+    """Keeps the page table of the running requests and builds batches from diffs: no work grows with the context.
 
-    def __init__(self, max_num_seqs: int, page_size: int, device: torch.device) -> None:
+    With `buffers`, the decode steps that fit in are built in them.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, page_size: int, device: torch.device, buffers: DecodeBuffers | None = None
+    ) -> None:
         self.page_size = page_size
         self.device = device
+        self._buffers = buffers
         self._on_cpu = device.type == "cpu"
         self._table = np.zeros((max_num_seqs, 64), dtype=np.int32)  # [slot, page index]
         self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -71,6 +88,9 @@ class ForwardBatchBuilder:
         ]
         seq_lens = [p + 1 for p in positions]
         num_pages = max(positions) // page_size + 1
+        if self._buffers is not None and self._buffers.takes(num_seqs, num_pages):
+            staged = self._buffers.stage(token_ids, positions, mapping, slots)
+            return replace(self._buffers.rows(seq_lens, num_pages), staged=staged)
         longs = self._device((token_ids, positions, mapping), np.int64)
         query_start_loc, logits_indices = self._one_token_each(num_seqs)
         ones = (1,) * num_seqs
@@ -132,6 +152,8 @@ class ForwardBatchBuilder:
             self._table = np.pad(self._table, ((0, 0), (0, width - self._table.shape[1])))
         for index, page in updates:
             self._table[slot, index] = page
+        if self._buffers is not None:
+            self._buffers.note(slot, updates)
 
     def _device(self, values: object, dtype: type) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))

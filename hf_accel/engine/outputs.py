@@ -125,6 +125,9 @@ class EngineStats:
         fallback_reasons: reason -> how many of them.
         cache_hit_rate: num_cached_tokens / num_prompt_tokens, 0 if there were none.
         tokens_per_second: generated tokens per second of stepping.
+        num_cuda_graphs: graphs held now, one for each batch size that needed one.
+        num_graph_replays: decode steps replayed from a graph.
+        cuda_graph_bytes: device bytes of the graphs, their inputs and their result.
     """
 
     num_running: int
@@ -141,6 +144,9 @@ class EngineStats:
     fallback_reasons: dict[str, int]
     cache_hit_rate: float
     tokens_per_second: float
+    num_cuda_graphs: int = 0
+    num_graph_replays: int = 0
+    cuda_graph_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The same as a plain dictionary."""
