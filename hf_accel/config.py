@@ -45,6 +45,12 @@ class EngineConfig:
         pack_weights: keep a second, pre-packed copy of plain dense weights for fast CPU matrix products:
             True, False, or "auto" (where memory allows).
         overlap: plan and launch the next step while the device runs the last one: True, False, or "auto" (on CUDA).
+        cuda_graphs: replay decode steps from CUDA graphs: True, False, or "auto" (on CUDA, where the attention backend can be
+            captured). They are captured when steps first need them; `Engine.warmup` captures all. True on CPU, for tests,
+            runs the same logic with a stand-in that computes each step again.
+        cuda_graph_batch_sizes: batch sizes that get a graph, ascending, or None: 1, 2, 4, 8, 16, 24 ... `max_num_seqs`. A
+            larger batch runs without.
+        cuda_graph_memory_fraction: no further graph is captured once they take this share of the device's memory.
         faults: forced faults, for tests.
 
     Raises:
@@ -64,6 +70,9 @@ class EngineConfig:
     fused: bool = True
     pack_weights: bool | str = "auto"
     overlap: bool | str = "auto"
+    cuda_graphs: bool | str = "auto"
+    cuda_graph_batch_sizes: tuple[int, ...] | None = None
+    cuda_graph_memory_fraction: float = 0.1
     faults: FaultInjection = field(default_factory=FaultInjection)
 
     def __post_init__(self) -> None:
@@ -73,8 +82,9 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not 0.0 < self.memory_fraction <= 1.0:
-            raise ValueError(f"memory_fraction must be in (0, 1], got {self.memory_fraction!r}")
+        for name in ("memory_fraction", "cuda_graph_memory_fraction"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)!r}")
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if self.attention_backend not in ATTENTION_BACKENDS:
@@ -87,6 +97,16 @@ class EngineConfig:
             raise ValueError(f"pack_weights must be True, False or 'auto', got {self.pack_weights!r}")
         if self.overlap not in (True, False, "auto"):
             raise ValueError(f"overlap must be True, False or 'auto', got {self.overlap!r}")
+        if self.cuda_graphs not in (True, False, "auto"):
+            raise ValueError(f"cuda_graphs must be True, False or 'auto', got {self.cuda_graphs!r}")
+        sizes = self.cuda_graph_batch_sizes
+        if sizes is not None and (
+            not isinstance(sizes, tuple)
+            or not sizes
+            or not all(type(n) is int and n > 0 for n in sizes)
+            or list(sizes) != sorted(set(sizes))
+        ):
+            raise ValueError(f"cuda_graph_batch_sizes must be a tuple of ascending positive integers, got {sizes!r}")
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:

@@ -31,15 +31,28 @@ def test_counts_without_a_default_meaning_cannot_be_none(name):
         EngineConfig(**{name: None})
 
 
+@pytest.mark.parametrize("name", ["memory_fraction", "cuda_graph_memory_fraction"])
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.01, float("nan")])
-def test_memory_fraction(value):
-    with pytest.raises(ValueError, match=r"memory_fraction must be in \(0, 1\]"):
-        EngineConfig(memory_fraction=value)
+def test_memory_fractions(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be in \(0, 1\]"):
+        EngineConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [(), (0, 1), (1, 1), (4, 2), [1, 2], (1.0, 2), (True, 2), 8])
+def test_batch_sizes_of_graphs(value):
+    with pytest.raises(ValueError, match="cuda_graph_batch_sizes must be a tuple of ascending positive integers"):
+        EngineConfig(cuda_graph_batch_sizes=value)
+    assert hash(EngineConfig(cuda_graph_batch_sizes=(1, 3))) != hash(EngineConfig())
 
 
 @pytest.mark.parametrize(
     ("name", "choices"),
-    [("policy", POLICIES), ("attention_backend", ATTENTION_BACKENDS), ("pack_weights", ("True", "auto"))],
+    [
+        ("policy", POLICIES),
+        ("attention_backend", ATTENTION_BACKENDS),
+        ("pack_weights", ("True", "auto")),
+        ("cuda_graphs", ("True", "auto")),
+    ],
 )
 def test_choices_are_named_in_the_message(name, choices):
     with pytest.raises(ValueError, match="fastest") as error:

@@ -18,6 +18,7 @@ class CpuBackend(AttentionBackend):
     """The C++ ops. Raises RuntimeError, with the reason, where they cannot be built or loaded."""
 
     name = "cpu"
+    supports_graphs = True  # the ops read lengths and pages from tensors only
     dtypes = frozenset(DTYPES)
 
     def __init__(self) -> None:

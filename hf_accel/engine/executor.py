@@ -81,7 +81,13 @@ class Executor:
         config, device = runner.config, runner.device
         self.overlaps = config.overlap is True or (config.overlap == "auto" and device.type == "cuda")
         self.queue: DeviceQueue = StreamQueue(device) if device.type == "cuda" else WorkerQueue()
-        self.builder = ForwardBatchBuilder(config.max_num_seqs, config.page_size, device, token_table=self.overlaps)
+        self.builder = ForwardBatchBuilder(
+            config.max_num_seqs,
+            config.page_size,
+            device,
+            token_table=self.overlaps,
+            buffers=runner.graphs.buffers if runner.graphs is not None else None,
+        )
         self.sampler = Sampler()
         # One row a request over its own growing token list: penalties then count only what is new.
         self._rows: weakref.WeakKeyDictionary[Request, SamplingRow] = weakref.WeakKeyDictionary()
@@ -136,6 +142,7 @@ class Executor:
         """On CUDA nothing here waits for the device."""
         table, slots = self._token_table, batch.token_slots
         assert slots is not None
+        batch.upload()
         if batch.has_unknown:
             known = torch.where(batch.input_ids < 0, table.index_select(0, slots), batch.input_ids)
             batch = replace(batch, input_ids=known)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from hf_accel.engine.upload import upload
 from hf_accel.scheduler.output import UNKNOWN_TOKEN, ScheduledRequest, SchedulerOutput
+
+if TYPE_CHECKING:
+    from hf_accel.engine.decode_buffers import DecodeBuffers, StagedStep
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class ForwardBatch:
         num_logits_cpu: rows of logits that each request gets.
         token_slots: [num_tokens] int64, the row of the token table of each token's request; None without a token table.
         has_unknown: whether an input id is `UNKNOWN_TOKEN`.
+        staged: what `upload` must bring to the device first, where the tensors are the persistent buffers of decode steps.
     """
 
     input_ids: torch.Tensor
@@ -42,17 +47,33 @@ class ForwardBatch:
     num_logits_cpu: tuple[int, ...]
     token_slots: torch.Tensor | None = None
     has_unknown: bool = False
+    staged: StagedStep | None = None
+
+    def upload(self) -> None:
+        """Make the tensors hold this step; called when its turn comes, before any of them is read."""
+        if self.staged is not None:
+            self.staged.upload()
 
 
 class ForwardBatchBuilder:
     """Keeps the page table of the running requests and builds batches from diffs: no work grows with the context.
 
-    Batches share no memory with the table, which changes while they run. With `token_table` they say each token's slot.
+    Batches share no memory with the table, which changes while they run. With `token_table` they say each token's slot;
+    with `buffers`, the decode steps that fit in are built in them.
     """
 
-    def __init__(self, max_num_seqs: int, page_size: int, device: torch.device, token_table: bool = False) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        page_size: int,
+        device: torch.device,
+        *,
+        token_table: bool = False,
+        buffers: DecodeBuffers | None = None,
+    ) -> None:
         self.page_size = page_size
         self.device = device
+        self._buffers = buffers
         self._on_cpu = device.type == "cpu"
         self._token_table = token_table
         self._table = np.zeros((max_num_seqs, 64), dtype=np.int32)  # [slot, page index]
@@ -80,6 +101,14 @@ class ForwardBatchBuilder:
         ]
         seq_lens = [p + 1 for p in positions]
         num_pages = max(positions) // page_size + 1
+        if self._buffers is not None and self._buffers.takes(num_seqs, num_pages):
+            staged = self._buffers.stage(token_ids, positions, mapping, slots)
+            return replace(
+                self._buffers.rows(seq_lens, num_pages),
+                staged=staged,
+                token_slots=self._buffers.slots[:num_seqs] if self._token_table else None,
+                has_unknown=UNKNOWN_TOKEN in token_ids,
+            )
         columns = (token_ids, positions, mapping, slots) if self._token_table else (token_ids, positions, mapping)
         longs = self._device(columns, np.int64)
         query_start_loc, logits_indices = self._one_token_each(num_seqs)
@@ -146,6 +175,8 @@ class ForwardBatchBuilder:
             self._table = np.pad(self._table, ((0, 0), (0, width - self._table.shape[1])))
         for index, page in updates:
             self._table[slot, index] = page
+        if self._buffers is not None:
+            self._buffers.note(slot, updates)
 
     def _device(self, values: object, dtype: type) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))

@@ -74,7 +74,7 @@ class EngineHost:
             if self._asleep:
                 self._wake()
             version = self._tracker.version()
-            self.core.executor.runner.prepare(version)
+            self.core.executor.runner.prepare(version, self._tracker.layout_version)
             own_call = next(self._ids) if has_user_hooks(self.model) else None
             return (version, self._num_spoilt, own_call)
 
@@ -152,7 +152,7 @@ class EngineHost:
             for request in self.core.requests.values():
                 totals.update(_counts(request))
             prompt, cached, generated = totals["prompt"], totals["cached"], totals["generated"]
-            seconds = self.core.busy_seconds
+            seconds, graphs = self.core.busy_seconds, self.core.executor.runner.graphs
             busy, idle = self.core.executor.queue.meter.seconds
             return EngineStats(
                 num_running=len(scheduler.running),
@@ -170,6 +170,9 @@ class EngineHost:
                 cache_hit_rate=cached / prompt if prompt else 0.0,
                 tokens_per_second=generated / seconds if seconds else 0.0,
                 device_idle_share=idle / (busy + idle) if busy else 0.0,
+                num_cuda_graphs=graphs.num_graphs if graphs else 0,
+                num_graph_replays=(graphs.num_replays if graphs else 0) + totals["replays"],
+                cuda_graph_bytes=graphs.num_bytes if graphs else 0,
             )
 
     def flush_cache(self) -> None:
@@ -182,11 +185,20 @@ class EngineHost:
         with self.core.exclusive():
             self._tracker.invalidate()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def warmup(self) -> None:
+        """Capture the CUDA graphs of all batch sizes now, which takes seconds, instead of one by one when steps first need
+        them. Does nothing where there are none. Raises RuntimeError while requests are going."""
+        self.begin_request()
+        with self._idle("warmup"):
+            self.core.executor.runner.warm_up()
+
     def sleep(self) -> None:
-        """Give the KV pool's memory back (and drop the prefix cache). Raises RuntimeError while requests are going."""
+        """Give the memory of the KV pool and the CUDA graphs back (and drop the prefix cache). Raises RuntimeError while requests are going."""
         with self._idle("sleep"):
             self.core.cache.reset()
-            self.core.executor.runner.pool.release()
+            self.core.executor.runner.release()
             self._asleep = True
 
     def wake(self) -> None:
@@ -225,6 +237,8 @@ class EngineHost:
         for request in old.requests.values():
             self._totals.update(_counts(request))
         self._totals.update(steps=old.scheduler.num_steps, retractions=old.scheduler.num_retractions)
+        if old.executor.runner.graphs is not None:
+            self._totals.update(replays=old.executor.runner.graphs.num_replays)
         old.executor.close()
         self._asleep = False
         self._build(spec)

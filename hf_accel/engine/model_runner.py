@@ -14,13 +14,17 @@ from transformers import PreTrainedModel
 from hf_accel.attention.base import AttentionBackend, AttentionMetadata
 from hf_accel.attention.select import select_backend
 from hf_accel.config import EngineConfig
+from hf_accel.engine.cuda_graph import CudaGraphRunner
 from hf_accel.engine.forward_batch import ForwardBatch
+from hf_accel.engine.graph_setup import make_graphs, wants_graphs
+from hf_accel.engine.host_memory import available_memory
 from hf_accel.engine.layer_attention import LatentStep, PagedStep
 from hf_accel.kv_cache.mla_pool import FP8, LatentShape, MLAPool
 from hf_accel.kv_cache.pool import MHAPool
 from hf_accel.patching.attention import paged_attention_on
 from hf_accel.patching.deepseek import LatentLayers
 from hf_accel.patching.experts import experts_configs, experts_on
+from hf_accel.patching.forward_state import TensorAddresses, forward_state
 from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
 from hf_accel.patching.packed_linears import PackedLinears
 from hf_accel.patching.registry import ModelSpec
@@ -47,8 +51,12 @@ class ModelRunner:
         self.dtype = self.model.dtype
         self.backend: AttentionBackend = select_backend(config.attention_backend, self.device, self.dtype)
         self.kv_dtype = kv_storage_dtype(spec, config, self.dtype)
+        self._has_graphs = wants_graphs(config, self.backend, self.device)
         self.num_pages = config.num_pages or self._fit_num_pages()
         self.pool = self._make_pool()
+        self.graphs: CudaGraphRunner | None = None
+        if self._has_graphs:
+            self.graphs = make_graphs(config, self.backend, self.device, self.num_pages, spec.max_positions)
         self._latent: LatentLayers | None = None
         self._experts_configs: list[Any] = []
         self._fused: FusedDecoderModel | None = None
@@ -75,12 +83,22 @@ class ModelRunner:
         """Whether the model still has the device and dtype that the pool was made for."""
         return self.model.device == self.device and self.model.dtype == self.dtype
 
-    def prepare(self, weights_version: Hashable) -> None:
-        """Bring derived weights up to date; called when a call begins, never during a step."""
+    def prepare(self, weights_version: Hashable, layout_version: Hashable = None) -> None:
+        """Bring derived weights and graphs up to date; called when a call begins, never during a step.
+
+        Args:
+            weights_version: of the weights and adapters.
+            layout_version: changes when a forward could read other memory, or run other modules.
+        """
         changed, self._version = weights_version != self._version, weights_version
         self._prepare_latent(changed)
         if changed and self.backend.name == "cpu":
             self._experts_configs = experts_configs(self.model)
+        self._prepare_packed(changed)
+        if self.graphs is not None:
+            self._prepare_graphs(self.graphs, layout_version)
+
+    def _prepare_packed(self, changed: bool) -> None:
         if self.config.pack_weights is False or self.device.type != "cpu":
             return
         if self._fused is not None:
@@ -110,26 +128,38 @@ class ModelRunner:
     def _why_not_packed(self) -> str:
         num_bytes = sum(p.nbytes for p in self.model.parameters())
         held = self._linears.num_bytes if self._linears is not None else 0
-        if self.config.pack_weights == "auto" and num_bytes > (_available_memory() + held) // 2:
+        if self.config.pack_weights == "auto" and num_bytes > (available_memory() + held) // 2:
             return f"packed weights of {num_bytes >> 20} MiB would take over half of the free memory (pack_weights=True insists)"
         return PackedLinears.why_not()
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits of the tokens in `batch.logits_indices`: [num_logits, vocab_size] float32."""
-        if self._fused is not None:
-            return self._fused.forward(
-                batch.input_ids,
-                batch.positions,
-                batch.slot_mapping,
-                batch.page_table,
-                batch.seq_lens,
-                batch.query_start_loc,
-                batch.logits_indices,
-                self.pool.k_pages,
-                self.pool.v_pages,
-                num_positions=max(batch.seq_lens_cpu),
-            )
-        metadata = self.backend.plan(batch)
+        """Logits of the tokens in `batch.logits_indices`: [num_logits, vocab_size] float32, the caller's own."""
+        batch.upload()
+        logits = self.graphs.run(batch, self.compute) if self.graphs is not None else None
+        if logits is None:
+            logits = self._forward_fused(batch) if self._fused is not None else None
+        return self.compute(batch, self.backend.plan(batch)).float() if logits is None else logits
+
+    def _forward_fused(self, batch: ForwardBatch) -> torch.Tensor:
+        assert self._fused is not None and isinstance(self.pool, MHAPool)
+        return self._fused.forward(
+            batch.input_ids,
+            batch.positions,
+            batch.slot_mapping,
+            batch.page_table,
+            batch.seq_lens,
+            batch.query_start_loc,
+            batch.logits_indices,
+            self.pool.k_pages,
+            self.pool.v_pages,
+            num_positions=max(batch.seq_lens_cpu),
+        )
+
+    def compute(self, batch: ForwardBatch, metadata: AttentionMetadata) -> torch.Tensor:
+        """The model's own forward, which is also what graphs capture: logits [num_logits, vocab_size] of its dtype.
+
+        Nothing here, or below, may read the batch's host lengths but through `metadata`.
+        """
         packed = self._linears.on() if self._linears is not None else contextlib.nullcontext()
         latent = self._latent.on() if self._latent is not None else contextlib.nullcontext()
         seams = (paged_attention_on(self.spec.configs), experts_on(self._experts_configs), packed, latent)
@@ -144,7 +174,7 @@ class ModelRunner:
                 logits_to_keep=batch.logits_indices,
                 forward_batch=self._step(metadata),
             )
-        return output.logits[0].float()
+        return output.logits[0]
 
     def _step(self, metadata: AttentionMetadata) -> PagedStep | LatentStep:
         if isinstance(self.pool, MHAPool):
@@ -167,8 +197,30 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give every byte back; the runner is of no use afterwards."""
-        self.pool.release()
+        self.release()
         self._fused = self._linears = self._latent = None
+
+    def release(self) -> None:
+        """Give the pool's and the graphs' memory back; the contents are lost. `pool.restore` takes the pool's again."""
+        if self.graphs is not None:
+            self.graphs.release()
+        self.pool.release()
+
+    def warm_up(self) -> None:
+        """Capture a graph of every batch size now; `prepare` comes first. Nothing without graphs."""
+        if self.graphs is not None:
+            self.graphs.warm_up(self.compute)
+
+    def _prepare_graphs(self, graphs: CudaGraphRunner, layout_version: Hashable) -> None:
+        model, reason = self.model, ""
+        state, watched = forward_state(model, self.spec.configs)
+        latent = self._latent.addresses() if self._latent is not None else []
+        if None in latent:
+            reason = "the latents of some layer are expanded, at lengths that the host knows"
+        if self._fused is not None:
+            reason = "the fused CPU step has none"
+        addresses = [latent, self.pool.addresses()]
+        graphs.follow([layout_version, state, addresses], lambda: TensorAddresses(model), reason or watched)
 
     def _prepare_latent(self, changed: bool) -> None:
         if not isinstance(self.pool, MLAPool):
@@ -181,7 +233,8 @@ class ModelRunner:
 
     def _make_pool(self) -> MHAPool | MLAPool:
         kind = MLAPool if isinstance(self.spec.layers[0], LatentShape) else MHAPool
-        return kind(self.spec.layers, self.num_pages, self.config.page_size, self.kv_dtype, self.device)
+        shape = (self.num_pages, self.config.page_size, self.kv_dtype, self.device)
+        return kind(self.spec.layers, *shape, num_reserved=int(self._has_graphs))
 
     def _fit_num_pages(self) -> int:
         """Pages that fit in the configured share of the device's free memory."""
@@ -191,9 +244,9 @@ class ModelRunner:
             free, _ = torch.cuda.mem_get_info(self.device)
             budget = int(free * self.config.memory_fraction)
         else:
-            budget = min(int(_available_memory() * self.config.memory_fraction), CPU_POOL_LIMIT)
+            budget = min(int(available_memory() * self.config.memory_fraction), CPU_POOL_LIMIT)
         most = self.config.max_num_seqs * -(-self.spec.max_positions // self.config.page_size)
-        num_pages = min(budget // page_bytes, most)
+        num_pages = min(budget // page_bytes - self._has_graphs, most)
         if num_pages < 1:
             raise ValueError(
                 f"{budget} bytes of free memory hold no KV page of {page_bytes} bytes: free some memory, raise memory_fraction or lower page_size"
@@ -217,15 +270,3 @@ def _no_autocast(device: torch.device) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def _available_memory() -> int:
-    """Bytes of host memory that can be taken without swapping."""
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 << 30

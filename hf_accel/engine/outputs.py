@@ -127,6 +127,9 @@ class EngineStats:
         tokens_per_second: generated tokens per second of stepping.
         device_idle_share: of the time from the first to the last step of busy periods, the share between two steps, in
             which the device had nothing to run (since the engine, or the model's device or dtype, was last set up).
+        num_cuda_graphs: graphs held now, one for each batch size that needed one.
+        num_graph_replays: decode steps replayed from a graph.
+        cuda_graph_bytes: device bytes of the graphs, their inputs and their result.
     """
 
     num_running: int
@@ -144,6 +147,9 @@ class EngineStats:
     cache_hit_rate: float
     tokens_per_second: float
     device_idle_share: float
+    num_cuda_graphs: int = 0
+    num_graph_replays: int = 0
+    cuda_graph_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The same as a plain dictionary."""

@@ -53,8 +53,11 @@ class WeightTracker:
         self._model = weakref.ref(model)
         self._lock = threading.Lock()
         self._weights_version = 0
+        self._layout_number = 0
+        self._adapter_number = -1
         self._num_steps = 0  # written by the optimizer hook
         self._seen: tuple[Any, ...] = ()
+        self._merged: list[Hashable] = []
         self._module_refs: list[weakref.ref[nn.Module]] = []
         self._tensor_refs: list[weakref.ref[torch.Tensor]] = []
         self._adapter_indices: list[int] = []  # which modules of the walk are adapter layers
@@ -89,6 +92,7 @@ class WeightTracker:
         with self._lock:
             modules = self._refresh()
             if not self._adapter_indices:
+                self._adapter_number = -1
                 return (self._weights_version, -1)
             state = tuple([_adapter_state(modules[i]) for i in self._adapter_indices])
             number = self._adapter_states.get(state)
@@ -96,7 +100,14 @@ class WeightTracker:
                 if len(self._adapter_states) >= _MAX_ADAPTER_STATES:
                     self._adapter_states.clear()
                 number = self._adapter_states[state] = next(self._adapter_ids)
+            self._adapter_number = number
             return (self._weights_version, number)
+
+    @property
+    def layout_version(self) -> Hashable:
+        """What `version()` last saw of the modules, the tensors' addresses and layouts and the adapters' state, merged ones
+        too: it stays as it is where only values were written in place."""
+        return (self._layout_number, self._adapter_number)
 
     def invalidate(self) -> None:
         """Say that the weights have changed in a way that cannot be seen."""
@@ -118,12 +129,16 @@ class WeightTracker:
             self._remember_objects(modules, tensors)
         leaves = list(itertools.chain.from_iterable(map(_leaves, tensors))) if self._has_subclasses else tensors
         versions, layouts = _versions(leaves), _layouts(leaves)
-        if layouts != self._layouts or self._plan is None:
+        same_layouts = layouts == self._layouts and self._plan is not None
+        if not same_layouts:
             self._remember_layouts(leaves, layouts)
         assert self._plan is not None
         fingerprint = self._plan.compute([leaves[i] for i in self._sampled])
         merged = [_freeze(modules[i].__dict__.get("merged_adapters")) for i in self._adapter_indices]
         seen = (self._num_steps, fingerprint, versions, self._layouts, merged)
+        if not same_objects or not same_layouts or merged != self._merged:
+            self._layout_number += 1
+            self._merged = merged
         if seen != self._seen or not same_objects:
             self._weights_version += 1
             self._seen = seen

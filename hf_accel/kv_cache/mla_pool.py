@@ -44,8 +44,8 @@ class LatentShape:
 class MLAPool(PagePool):
     """Paged latents of every layer, pages numbered alike in all layers; arguments as `PagePool`'s, `dtype` also `FP8`.
 
-    `pages[layer]` is [num_pages, page_size, rank + rope_dim]; `scales[layer]` is None, or with fp8 storage
-    [num_pages, page_size, 2] float32.
+    `pages[layer]` is [num_pages + num_reserved, page_size, rank + rope_dim]; `scales[layer]` is None, or with fp8 storage
+    [num_pages + num_reserved, page_size, 2] float32.
     """
 
     pages: list[torch.Tensor]

@@ -39,6 +39,7 @@ class PagePool(ABC):
         page_size: tokens in a page.
         dtype: of what is stored.
         device: where it is.
+        num_reserved: pages behind those, ids from `num_pages` on, which no request ever gets: padding writes there.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class PagePool(ABC):
         page_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        num_reserved: int = 0,
     ) -> None:
         if num_pages <= 0 or page_size <= 0:
             raise ValueError(f"num_pages ({num_pages}) and page_size ({page_size}) must be positive")
         self.layers = tuple(layers)
         self.num_pages = num_pages
+        self.num_reserved = num_reserved
         self.page_size = page_size
         self.dtype = dtype
         self.device = torch.device(device)
@@ -84,8 +87,12 @@ class PagePool(ABC):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held now: 0 while released."""
+        """Bytes held now, those of reserved pages among them: 0 while released."""
         return sum(t.nbytes for t in self._tensors)
+
+    def addresses(self) -> list[int]:
+        """Where the tensors are now."""
+        return [t.data_ptr() for t in self._tensors]
 
     @property
     def is_released(self) -> bool:
@@ -120,8 +127,10 @@ class PagePool(ABC):
             raise
 
     def _allocate(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """[num_pages, *shape] of the pool's dtype or another."""
-        tensor = torch.empty((self.num_pages, *shape), dtype=dtype or self.dtype, device=self.device)
+        """[num_pages + num_reserved, *shape] of the pool's dtype or another."""
+        tensor = torch.empty(
+            (self.num_pages + self.num_reserved, *shape), dtype=dtype or self.dtype, device=self.device
+        )
         if self.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE:
             _ask_for_huge_pages(tensor)
         self._tensors.append(tensor)
@@ -131,7 +140,7 @@ class PagePool(ABC):
 class MHAPool(PagePool):
     """Paged keys and values of every layer, pages numbered alike in all layers; arguments as `PagePool`'s.
 
-    `k_pages[layer]` is [num_pages, num_kv_heads, page_size, head_dim] and `v_pages[layer]` the same with v_head_dim: a
+    `k_pages[layer]` is [num_pages + num_reserved, num_kv_heads, page_size, head_dim] and `v_pages[layer]` the same with v_head_dim: a
     page's head is contiguous, which CPU attention reads up to 38% faster than token-major pages.
     """
 

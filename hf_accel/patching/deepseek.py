@@ -112,6 +112,10 @@ class LatentLayers:
             for m in self.modules()
         }
 
+    def addresses(self) -> list[int | None]:
+        """Where each layer's absorbed weights are; None for a layer that has none."""
+        return [None if w is None else w.weight.data_ptr() for w in self._weights.values()]
+
     def on(self) -> contextlib.AbstractContextManager[None]:
         """While open, in this thread, the layers pass latents on."""
         return latents_passed_on(self.modules())
