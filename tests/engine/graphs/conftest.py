@@ -23,13 +23,13 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+@pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
+def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """From now on engines attend by `TableBackend` and replay recordings, from the first step on; returns a configuration."""
     monkeypatch.setattr(model_runner, "select_backend", lambda *_: TableBackend())
     monkeypatch.setattr(graph_setup, "make_maker", lambda _: RecordingMaker())
     monkeypatch.setattr(graph_setup, "PATIENCE", 0)
-    return dict(CONFIG)
+    return {**CONFIG, "overlap": request.param}
 
 
 @pytest.fixture
