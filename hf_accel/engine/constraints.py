@@ -125,7 +125,7 @@ class EngineConstraints:
 
 
 def constraint_of(params: SamplingParams) -> Constraint | None:
-    """What `params` ask of the output."""
+    """What `params` ask of the output. Raises StructureError for what is no constraint."""
     if params.regex is not None:
         return Constraint.regex(params.regex)
     if params.json_schema is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_accel.config import EngineConfig
 from hf_accel.engine.engine import Engine
 from hf_accel.engine.generate import sample
+from hf_accel.engine.generate_keywords import with_constraint
 from hf_accel.engine.model_runner import kv_storage_dtype
 from hf_accel.patching import hooks
 from hf_accel.patching.registry import ModelSpec, base_model, read_spec
@@ -33,6 +34,7 @@ _patched: weakref.WeakKeyDictionary[PreTrainedModel, _Patched] = weakref.WeakKey
 def patch(model: Any, **config: Any) -> Any:
     """Accelerate `model.generate` in place; its signature, return types and answers stay as they are.
 
+    `generate` also takes `regex=`, `json_schema=`, `choice=` or `json_object=True` with `tokenizer=`: see `SamplingParams`.
     The model's modules, parameters, `state_dict` and attributes are not touched. KV memory is taken at the first call.
     Patching again with other options replaces them. Undo with `unpatch`, or use it as `with hf_accel.patch(model): ...`.
 
@@ -57,7 +59,7 @@ def patch(model: Any, **config: Any) -> Any:
     unpatch(model)
     _patched[hf_model] = _Patched(config, spec, weakref.ref(model))
     try:
-        hooks.install(hf_model, _run, unpatch, wrapper=model)
+        hooks.install(hf_model, _run, with_constraint, unpatch, wrapper=model)
     except BaseException:
         unpatch(model)
         raise

@@ -1,7 +1,8 @@
-"""The generate seam: `_sample` of a model's class, where greedy search and sampling both arrive with everything prepared.
+"""The generate seams: `_sample` of a model's class, where greedy search and sampling both arrive with everything prepared, and
+`generate`, whose keywords may be ours.
 
 Installed once per class, opted into per instance, removed with the last instance. Beam search, assisted decoding and the
-rest never reach it. Knows nothing of engines: what runs instead is handed in.
+rest never reach `_sample`. Knows nothing of engines: what runs instead is handed in.
 """
 
 from __future__ import annotations
@@ -17,26 +18,35 @@ from transformers import PreTrainedModel
 SampleFunction = Callable[..., Any]
 """`run(model, original, *args, **kwargs)`: the replacement; `original(*args, **kwargs)` is HF's bound `_sample`."""
 
+KeywordFunction = Callable[[Any, dict[str, Any]], dict[str, Any]]
+"""`translate(model, keywords)`: the keywords that HF's `generate` shall have."""
+
 _lock = threading.RLock()  # a weakref callback may fire while it is held
-_Entry = tuple[weakref.ref[Any], SampleFunction]
+_Entry = tuple[weakref.ref[Any], SampleFunction, KeywordFunction]
 _instances: dict[type, dict[int, _Entry]] = {}
 _MISSING = object()
 _displaced: dict[type, dict[str, Any]] = {}
 
 
 def install(
-    model: PreTrainedModel, run: SampleFunction, leave: Callable[[Any], Any], wrapper: object | None = None
+    model: PreTrainedModel,
+    run: SampleFunction,
+    translate: KeywordFunction,
+    leave: Callable[[Any], Any],
+    wrapper: object | None = None,
 ) -> None:
-    """Send this model's `_sample` calls to `run`. Other models of its class are not touched.
+    """Send this model's `_sample` calls to `run`, and `generate`'s keywords through `translate`. Other models of its class are
+    not touched.
 
     While its class has a patched model, a `with` block over one calls `leave(model)` at its end; so for the `wrapper`
     (a PEFT model), if the user patched that.
     """
     context = {"__enter__": lambda self: self, "__exit__": lambda self, *exc: leave(self) and None}
     with _lock:
-        _add(model, run, lambda cls, entries: {"_sample": _dispatching(cls._sample, entries), **context})
+        entry = (run, translate)
+        _add(model, entry, lambda cls, entries: {**_seams(cls, entries), **context})
         if wrapper is not None and wrapper is not model:
-            _add(wrapper, run, lambda cls, entries: context)
+            _add(wrapper, entry, lambda cls, entries: context)
 
 
 def uninstall(model: object) -> None:
@@ -48,7 +58,9 @@ def uninstall(model: object) -> None:
 
 
 def _add(
-    owner: Any, run: SampleFunction, make_attributes: Callable[[Any, dict[int, _Entry]], dict[str, Callable[..., Any]]]
+    owner: Any,
+    functions: tuple[SampleFunction, KeywordFunction],
+    make_attributes: Callable[[Any, dict[int, _Entry]], dict[str, Callable[..., Any]]],
 ) -> None:
     cls = type(owner)
     if cls not in _instances:
@@ -58,7 +70,7 @@ def _add(
         _displaced[cls] = {name: cls.__dict__.get(name, _MISSING) for name in attributes}
         for name, value in attributes.items():
             setattr(cls, name, value)
-    _instances[cls][id(owner)] = (weakref.ref(owner, _remover(cls, id(owner))), run)
+    _instances[cls][id(owner)] = (weakref.ref(owner, _remover(cls, id(owner))), *functions)
 
 
 def _remover(cls: type, key: int) -> Callable[[object], None]:
@@ -76,6 +88,21 @@ def _remove(cls: type, key: int) -> None:
                 delattr(cls, name)
             else:
                 setattr(cls, name, old)
+
+
+def _seams(cls: Any, entries: dict[int, _Entry]) -> dict[str, Callable[..., Any]]:
+    return {"_sample": _dispatching(cls._sample, entries), "generate": _translating(cls.generate, entries)}
+
+
+def _translating(original: Callable[..., Any], entries: dict[int, _Entry]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        entry = entries.get(id(self))
+        if entry is not None and entry[0]() is self:
+            kwargs = entry[2](self, kwargs)
+        return original(self, *args, **kwargs)
+
+    return generate
 
 
 def _dispatching(original: Callable[..., Any], entries: dict[int, _Entry]) -> Callable[..., Any]:

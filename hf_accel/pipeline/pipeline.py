@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, TextGenerationPipeline
 
 import hf_accel
 from hf_accel.engine import progress as row_progress
+from hf_accel.engine.generate_keywords import CONSTRAINTS
 from hf_accel.pipeline import streaming
 from hf_accel.pipeline.batching import run_window
 
@@ -74,7 +75,8 @@ class AcceleratedPipeline(TextGenerationPipeline):
                 `(index of the prompt, piece)` for a list. The pieces of a prompt join to its new text.
             batch_size: prompts handed to the engine at once; for a generator, also how many are read ahead (1 for a source
                 that waits for the previous answer).
-            kwargs: as for HF's pipeline; also `progress=True` or `False`.
+            kwargs: as for HF's pipeline; also `progress=True` or `False`, and `regex=`, `json_schema=`, `choice=` or
+                `json_object=True`: see `SamplingParams`.
 
         Returns:
             What HF's pipeline returns: a list of dicts for one prompt, a list of those for a list, an iterator over them for
@@ -89,6 +91,8 @@ class AcceleratedPipeline(TextGenerationPipeline):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if progress is not None:
             forward["progress"] = progress
+        if any(name in forward for name in CONSTRAINTS):
+            forward["tokenizer"] = self.tokenizer
         return preprocess, forward, postprocess
 
     def run_single(self, inputs: Any, preprocess_params: dict, forward_params: dict, postprocess_params: dict) -> Any:

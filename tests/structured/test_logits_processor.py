@@ -103,6 +103,48 @@ def test_patched_and_plain_agree(model, tokenizer):
     assert run(model, tokenizer, processor, prompts=3) == plain
 
 
+@pytest.mark.parametrize(
+    "asked", [{"regex": PATTERN}, {"json_schema": SCHEMA}, {"choice": ["yes", "no"]}, {"json_object": True}], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "temperature": 4.0}], ids=str)
+def test_keywords_of_a_patched_generate(model, tokenizer, asked, options):
+    ids = torch.randint(10, 200, (2, 5))
+    with hf_accel.patch(model):
+        outputs = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=0,
+            max_new_tokens=40,
+            tokenizer=tokenizer,
+            **asked,
+            **options,
+        )
+        with pytest.raises(ValueError, match="tokenizer=tokenizer"):
+            model.generate(ids, **asked)
+        with pytest.raises(StructureError, match="lookahead"):
+            model.generate(ids, regex="a(?=b)", tokenizer=tokenizer)
+    for text in filter(None, texts(tokenizer, outputs, 5)):
+        if "regex" in asked:
+            assert re.fullmatch(PATTERN, text)
+        elif "choice" in asked:
+            assert text in ("yes", "no")
+        else:
+            assert isinstance(json.loads(text), dict)
+    with pytest.raises(ValueError, match="not used by the model"):
+        model.generate(ids, regex="a")  # HF's own again
+
+
+def test_pipeline(model, tokenizer):
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    pipe = hf_accel.AcceleratedPipeline(model=model, tokenizer=tokenizer)
+    options = {"max_new_tokens": 60, "do_sample": True, "temperature": 3.0, "return_full_text": False}
+    answers = pipe(["def f(", "class"], choice=["red", "green"], **options)
+    assert all(a[0]["generated_text"] in ("red", "green") for a in answers)
+    [answer] = pipe("x = ", json_schema={"enum": [1, None, "a"]}, **options)
+    assert json.loads(answer["generated_text"]) in (1, None, "a")
+
+
 def test_one_constraint_a_row(model, tokenizer):
     processor = ConstraintLogitsProcessor([Constraint.choice(["red", "blue"]), Constraint.regex("[0-9]{2}")], tokenizer)
     found = run(model, tokenizer, processor, do_sample=True, temperature=3.0, num_return_sequences=3)
