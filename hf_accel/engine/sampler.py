@@ -96,7 +96,7 @@ def _take(values: Tensor, indices: list[int]) -> Tensor:
 
 
 def _choose(scores: Tensor, rows: Sequence[SamplingRow], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """[num_rows] int64 token ids, and [num_rows] bool: whether the choice is a valid one."""
+    """[num_rows] int64 token ids, and [num_rows] bool or int64: whether the choice is a valid one."""
     greedy = [i for i, row in enumerate(rows) if row.params.greedy]
     if len(greedy) == len(rows):
         return _argmax(scores)
@@ -151,8 +151,8 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow], lengths: Sequence[int]) -
         part = slice(start, start + step)
         probs = filter_logits(scores[part], [row.params for row in rows[part]]).softmax(dim=-1)
         drawn.append(invert(probs, upload(numbers[part], torch.float64, scores.device)))
-    token_ids, valid = torch.cat(drawn, dim=1).unbind(0)
-    return token_ids, valid.bool()
+    token_ids, valid = (drawn[0] if len(drawn) == 1 else torch.cat(drawn, dim=1)).unbind(0)
+    return token_ids, valid
 
 
 def _edit_or_fail(logits: Tensor, row: SamplingRow, length: int, index: int, errors: dict[int, Exception]) -> Tensor:

@@ -140,7 +140,9 @@ def test_copies_that_fail_with_a_step_in_flight(make_engine, model, monkeypatch,
         raise MemoryError
 
     first, _ = engine.add_request(PROMPTS[0], greedy(20)), engine.add_request(PROMPTS[1], greedy(4))
-    last = engine.add_request(PROMPTS[0][:28], greedy(20))  # admitted late; its last page is copied from the first one's
+    last = engine.add_request(
+        PROMPTS[0][:28], greedy(20)
+    )  # admitted late; its last page is copied from the first one's
     other = engine.add_request(PROMPTS[2], greedy(20))
     with monkeypatch.context() as patch:
         patch.setattr(pool, "copy_pages", fails)
