@@ -159,7 +159,7 @@ class Executor:
         wanted, row = _Wanted(), 0
         for request, seq_len, num_logits in zip(requests, batch.seq_lens_cpu, batch.num_logits_cpu, strict=True):
             last = row + num_logits - 1
-            at_end = num_logits > 0 and seq_len == request.num_planned_tokens
+            at_end = num_logits > 0 and seq_len == len(request.token_ids) + request.num_placeholders
             if request.logits_from is not None and num_logits:
                 wanted.prompt.append((request.request_id, seq_len - num_logits, slice(row, row + num_logits)))
             if at_end and request.external_sampling:

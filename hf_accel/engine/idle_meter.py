@@ -80,26 +80,28 @@ class StreamSpan:
         return earlier.end.elapsed_time(self._start) / 1000
 
 
+_MANY = 64  # spans that are kept until somebody looks at them: CUDA has so many events at hand
+
+
 class IdleMeter:
     """Sums the spans and the gaps between them. A gap across `pause` is nobody's fault and does not count."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # the device's thread adds, any thread asks
+        self._lock = threading.Lock()  # of the sums; the device's thread appends, any thread asks
         self._waiting: deque[Span | None] = deque()  # None: a pause
         self._last: Span | None = None
         self._busy = self._idle = 0.0
 
     def add(self, span: Span) -> None:
         """Take in the next step, whose end may be still to come. Waits for nothing."""
-        with self._lock:
-            self._waiting.append(span)
-            self._fold()
+        self._waiting.append(span)
+        if len(self._waiting) >= _MANY:
+            with self._lock:
+                self._fold()
 
     def pause(self) -> None:
         """Until the next step there is nothing that the device could do."""
-        with self._lock:
-            if self._last is not None or self._waiting:
-                self._waiting.append(None)
+        self._waiting.append(None)
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -109,7 +111,10 @@ class IdleMeter:
             return self._busy, self._idle
 
     def _fold(self) -> None:
-        while self._waiting and ((span := self._waiting[0]) is None or span.done):
+        for _ in range(len(self._waiting)):
+            span = self._waiting[0]
+            if span is not None and not span.done:
+                return
             self._waiting.popleft()
             if span is not None:
                 self._busy += span.seconds()

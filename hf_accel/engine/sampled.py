@@ -82,9 +82,9 @@ class SampledBatch:
 
     Attributes:
         token_ids: [num_rows] int64; some id of the vocabulary in rows without a valid choice, too.
-        valid: [num_rows] bool.
+        valid: [num_rows] bool, or int64 that is 0 or 1.
         logits: [num_rows, vocab_size], the model's own; or
-        peak: [num_rows], the highest of each row: NaN if one is, infinite if no error but the model's own is possible.
+        peak: [num_rows], the highest of each row: NaN if one is.
         errors: row -> its own processor's or parameter's failure.
         wanted: row -> how many of the likeliest tokens to report.
         logprobs: of the rows in `wanted`, in its order.

@@ -158,8 +158,8 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow], lengths: Sequence[int]) -
         part = slice(start, start + step)
         probs = filter_logits(scores[part], [row.params for row in rows[part]]).softmax(dim=-1)
         drawn.append(invert(probs, upload(numbers[part], torch.float64, scores.device)))
-    token_ids, valid = torch.cat(drawn, dim=1).unbind(0)
-    return token_ids, valid.bool()
+    token_ids, valid = (drawn[0] if len(drawn) == 1 else torch.cat(drawn, dim=1)).unbind(0)
+    return token_ids, valid
 
 
 def _edit_or_fail(logits: Tensor, row: SamplingRow, length: int, index: int, errors: dict[int, Exception]) -> Tensor:

@@ -103,12 +103,15 @@ class RequestQueue:
             request = self.running.get(item.request_id) or self.waiting.get(item.request_id)
             if request is None:
                 continue
-            request.num_placeholders -= late and item.at_end
-            if request.status is RequestStatus.RUNNING and request.admission == item.admission:
+            if late and item.at_end:
+                request.num_placeholders -= 1
+            if not late or (request.status is RequestStatus.RUNNING and request.admission == item.admission):
                 self._advance(request, item, late)
-            if item.at_end and request.external_sampling:
+            if not item.at_end:
+                continue
+            if request.external_sampling:
                 request.awaiting_token = True
-            elif item.at_end and item.request_id in sampled:
+            elif item.request_id in sampled:
                 self.append_token(request, sampled[item.request_id])
 
     def _advance(self, request: Request, item: ScheduledRequest, late: bool) -> None:
@@ -180,4 +183,4 @@ def computable(request: Request) -> bool:
         # What was retracted waits for its token; and a row whose last token is being sampled needs no more steps.
         ahead = request.status is RequestStatus.RUNNING and request.num_planned_tokens < request.max_total_tokens
         return ahead and request.num_pending_tokens > 0
-    return request.num_pending_tokens > 0 and not request.awaiting_token
+    return len(request.token_ids) > request.num_launched_tokens and not request.awaiting_token

@@ -41,7 +41,7 @@ class Scheduler(RequestQueue):
         self.num_steps += 1
         step = _Step(self.config.max_num_batched_tokens)
         self._inject_faults(step)
-        decodes_first = sorted(self.running.values(), key=lambda r: r.num_pending_tokens > 1)
+        decodes_first = sorted(self.running.values(), key=_is_prefill)
         for request in decodes_first:
             if request.status is RequestStatus.RUNNING and computable(request) and step.budget > 0:
                 self._schedule_running(request, step)
@@ -80,7 +80,7 @@ class Scheduler(RequestQueue):
     def _emit(self, request: Request, num_tokens: int, updates: tuple[tuple[int, int], ...], step: _Step) -> None:
         start = request.num_launched_tokens
         end = start + num_tokens
-        at_end = end == request.num_planned_tokens
+        at_end = end == len(request.token_ids) + request.num_placeholders
         first_logits = end - at_end
         if request.logits_from is not None:
             first_logits = min(first_logits, max(start, request.logits_from))
@@ -198,3 +198,7 @@ class _Step:
         self.scheduled: dict[int, ScheduledRequest] = {}
         self.retracted: list[int] = []
         self.failed: list[int] = []
+
+
+def _is_prefill(request: Request) -> bool:
+    return len(request.token_ids) + request.num_placeholders > request.num_launched_tokens + 1

@@ -119,6 +119,7 @@ def test_bad_sampling_params(bad, message):
         ({"policy": "lifo"}, "policy must be one of fcfs, lpm, priority"),
         ({"attention_backend": "flash"}, "attention_backend must be one of"),
         ({"pack_weights": "yes"}, "pack_weights must be"),
+        ({"overlap": "always"}, "overlap must be True, False or 'auto'"),
     ],
 )
 def test_bad_option(tiny_llama, make, bad, message):
