@@ -108,7 +108,10 @@ def _num_splits(longest: int, num_blocks: int, places: int) -> int:
     return max(1, min(MOST_SPLITS, by_places, triton.cdiv(longest, SHORTEST_SPLIT)))
 
 
-@triton.jit(do_not_specialize=["num_seqs", "max_splits", "places", "table_stride"])  # a step's: no new code for them
+@triton.jit(  # what differs from step to step must not need new code
+    do_not_specialize=["num_seqs", "max_splits", "places", "table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr"],
+)
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table_ptr, seq_lens_ptr, sinks_ptr, out_ptr, lse_ptr,
     parts_ptr, part_lse_ptr, num_parts_ptr, num_seqs, num_kv_heads, max_splits, places,

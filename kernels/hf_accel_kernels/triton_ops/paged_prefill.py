@@ -97,7 +97,10 @@ def _config(q: torch.Tensor, width: int, most_rows: int) -> tuple[int, int, int,
     return CONFIGS[100 if chip >= 100 else 90 if chip >= 90 else 80][width]
 
 
-@triton.jit(do_not_specialize=["first_seq", "num_seqs", "table_stride"])  # a step's: no new code for them
+@triton.jit(  # what differs from step to step must not need new code
+    do_not_specialize=["first_seq", "num_seqs", "table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "starts_ptr"],
+)
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table_ptr, seq_lens_ptr, starts_ptr, sinks_ptr, out_ptr, lse_ptr,
     first_seq, num_seqs, num_kv_heads, q_token_stride, q_head_stride, table_stride, out_token_stride, out_head_stride, lse_stride,
