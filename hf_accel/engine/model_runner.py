@@ -22,6 +22,7 @@ from hf_accel.patching.attention import paged_attention_on
 from hf_accel.patching.deepseek import LatentLayers
 from hf_accel.patching.experts import experts_configs, experts_on
 from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
+from hf_accel.patching.llama_device import DeviceForward, device_forward_for
 from hf_accel.patching.packed_linears import PackedLinears
 from hf_accel.patching.registry import ModelSpec
 from hf_accel_kernels.mla import mla_gather
@@ -30,6 +31,8 @@ logger = logging.getLogger("hf_accel")
 
 CPU_POOL_LIMIT = 4 << 30
 """Bytes that an automatically sized pool takes at most on CPU; `num_pages` goes past it."""
+FIRST_POSITIONS = 1 << 17
+"""Positions that a device's rope tables cover before a longer sequence comes."""
 
 
 class ModelRunner:
@@ -53,6 +56,7 @@ class ModelRunner:
         self._experts_configs: list[Any] = []
         self._fused: FusedDecoderModel | None = None
         self._linears: PackedLinears | None = None
+        self._device_forward: DeviceForward | None = None
         self._version: Hashable = None
         self._fused_reason: str | None = None
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
@@ -67,22 +71,51 @@ class ModelRunner:
 
     @property
     def fused(self) -> bool:
-        """Whether steps run through the fused decoder at present."""
-        return self._fused is not None
+        """Whether steps run through the fused decoder, or on a device through our own loop over the layers, at present."""
+        return self._fused is not None or self._device_forward is not None
+
+    @property
+    def moved_parameters(self) -> bool:
+        """Whether some of the model's parameters lie in tensors of this runner, until `release`."""
+        return self._device_forward is not None
 
     @property
     def matches_model(self) -> bool:
         """Whether the model still has the device and dtype that the pool was made for."""
         return self.model.device == self.device and self.model.dtype == self.dtype
 
-    def prepare(self, weights_version: Hashable) -> None:
-        """Bring derived weights up to date; called when a call begins, never during a step."""
+    def prepare(self, weights_version: Hashable) -> bool:
+        """Bring derived weights up to date; called when a call begins, never during a step.
+
+        Returns:
+            whether the model's parameters may have moved to other memory, with their values as they were.
+        """
         changed, self._version = weights_version != self._version, weights_version
         self._prepare_latent(changed)
         if changed and self.backend.name == "cpu":
             self._experts_configs = experts_configs(self.model)
-        if self.config.pack_weights is False or self.device.type != "cpu":
-            return
+        if self.device.type == "cuda" or self.config.faults.device_forward:
+            return self._prepare_device_forward(changed)
+        if self.device.type == "cpu" and self.config.pack_weights is not False:
+            self._prepare_packed(changed)
+        return False
+
+    def _prepare_device_forward(self, changed: bool) -> bool:
+        moved, held = False, self._device_forward
+        if held is not None:
+            reason = held.why_not_valid(self.model) or (held.refresh() if changed else "")
+            moved = changed or bool(reason)
+            if reason:
+                held.close()
+                self._device_forward = None
+        if self._device_forward is None and self.config.fused and isinstance(self.pool, MHAPool):
+            most = min(self.spec.max_positions, self.num_pages * self.config.page_size, FIRST_POSITIONS)
+            self._device_forward, reason = device_forward_for(self.model, max_positions=most)
+            self._log_unfused(reason)
+            moved = moved or self._device_forward is not None
+        return moved
+
+    def _prepare_packed(self, changed: bool) -> None:
         if self._fused is not None:
             reason = self._fused.why_not_valid(self.model) or (self._fused.refresh() if changed else "")
             if reason:
@@ -102,10 +135,13 @@ class ModelRunner:
             fused, reason = fused_decoder_for(
                 self.model, page_size=self.config.page_size, max_positions=self.spec.max_positions
             )
-        if fused is None and reason != self._fused_reason:
+        self._log_unfused(reason)
+        return fused
+
+    def _log_unfused(self, reason: str) -> None:
+        if reason and reason != self._fused_reason:
             logger.info("hf_accel runs the model's own layers: %s", reason)
             self._fused_reason = reason
-        return fused
 
     def _why_not_packed(self) -> str:
         num_bytes = sum(p.nbytes for p in self.model.parameters())
@@ -130,6 +166,8 @@ class ModelRunner:
                 num_positions=max(batch.seq_lens_cpu),
             )
         metadata = self.backend.plan(batch)
+        if self._device_forward is not None:
+            return self._forward_on_device(self._device_forward, batch, metadata)
         packed = self._linears.on() if self._linears is not None else contextlib.nullcontext()
         latent = self._latent.on() if self._latent is not None else contextlib.nullcontext()
         seams = (paged_attention_on(self.spec.configs), experts_on(self._experts_configs), packed, latent)
@@ -145,6 +183,22 @@ class ModelRunner:
                 forward_batch=self._step(metadata),
             )
         return output.logits[0].float()
+
+    @torch.no_grad()
+    def _forward_on_device(
+        self, device_forward: DeviceForward, batch: ForwardBatch, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        device_forward.ensure_positions(max(batch.seq_lens_cpu))
+        with _no_autocast(self.device):
+            return device_forward.forward(
+                batch.input_ids,
+                batch.positions,
+                batch.logits_indices,
+                self.backend,
+                metadata,
+                self.pool.k_pages,
+                self.pool.v_pages,
+            )
 
     def _step(self, metadata: AttentionMetadata) -> PagedStep | LatentStep:
         if isinstance(self.pool, MHAPool):
@@ -165,9 +219,16 @@ class ModelRunner:
 
         return contiguous(self.pool.k_pages[layer]), contiguous(self.pool.v_pages[layer])
 
+    def release(self) -> None:
+        """Give the pool's memory back, and the model's parameters memory of their own; until `pool.restore` and `prepare`."""
+        self.pool.release()
+        if self._device_forward is not None:
+            self._device_forward.close()
+            self._device_forward = None
+
     def close(self) -> None:
         """Give every byte back; the runner is of no use afterwards."""
-        self.pool.release()
+        self.release()
         self._fused = self._linears = self._latent = None
 
     def _prepare_latent(self, changed: bool) -> None:
