@@ -75,6 +75,11 @@ class ModelRunner:
         return self._fused is not None or self._device_forward is not None
 
     @property
+    def layout_version(self) -> int | None:
+        """Changes whenever weights that a captured step reads may have moved; None where steps run the model's own layers."""
+        return None if self._device_forward is None else self._device_forward.layout_version
+
+    @property
     def moved_parameters(self) -> bool:
         """Whether some of the model's parameters lie in tensors of this runner, until `release`."""
         return self._device_forward is not None

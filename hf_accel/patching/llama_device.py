@@ -7,6 +7,7 @@ nor who schedules the batches. No host sync, no choice that depends on data of t
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from hf_accel_kernels.rope_and_store import rope_and_store, split_qkv
 from hf_accel_kernels.swiglu import swiglu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_layout_versions = itertools.count()
 
 # What one product computes -> the linears of HF's layer, in the order of their rows.
 _GROUPS = {
@@ -84,8 +86,9 @@ class DeviceForward:
         self._residual_multiplier: float = decoder_layers(model)[0].residual_multiplier if scaled else 1.0
         self._logits_divisor: float = model.config.logits_scaling if scaled else 1.0
         self._cos, self._sin = rope_tables(model, max_positions)
-        self.num_moves = 0
-        """Goes up whenever a tensor that `forward` reads may have moved: what baked addresses in must be captured again."""
+        self.layout_version = next(_layout_versions)
+        """Changes whenever a tensor that `forward` reads may have moved, and no two loops share one: graphs that baked addresses
+        in must then be captured again."""
         self._layers: list[_Layer] = []
         self._ends: tuple[torch.Tensor, torch.Tensor, _Product] | None = None  # embedding, final norm, head
         self._read_at: list[int] = []
@@ -138,7 +141,7 @@ class DeviceForward:
         addresses = self._addresses()
         if addresses != self._read_at:
             self._read_at = addresses
-            self.num_moves += 1
+            self.layout_version = next(_layout_versions)
 
     def _addresses(self) -> list[int]:
         fields = [value for layer in self._layers for value in vars(layer).values()]
@@ -177,14 +180,14 @@ class DeviceForward:
         return reason
 
     def ensure_positions(self, num_positions: int) -> None:
-        """Let the rope tables cover so many positions; they may move (see `num_moves`). Call it outside of a capture."""
+        """Let the rope tables cover so many positions; they may move (see `layout_version`). Call it outside of a capture."""
         if num_positions <= len(self._cos):
             return
         model = self._model()
         if model is None:
             raise ValueError("the model is gone: its rope tables cannot grow")
         self._cos, self._sin = rope_tables(model, max(num_positions, 2 * len(self._cos)))
-        self.num_moves += 1
+        self.layout_version = next(_layout_versions)
 
     def forward(
         self,
@@ -254,7 +257,6 @@ class DeviceForward:
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             eps=self._eps,
-            out=q,
         )
         out = backend.attend(
             q, k_pages, v_pages, metadata, scale=layer.scale, sliding_window=layer.sliding_window

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from hf_accel.attention.base import AttentionMetadata
+
 from .fused_models import MODELS, VOCAB, DeviceSteps, Pages, fused_logits, make, on_device
 
 
@@ -55,6 +57,27 @@ def test_only_the_wanted_rows_get_logits() -> None:
         torch.testing.assert_close(steps.forward(*arguments), everything[rows], rtol=1e-4, atol=1e-4)
 
 
+class ShapesOnly:
+    """Stands for a backend where nothing is computed."""
+
+    def attend(self, q: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        return torch.empty_like(q)
+
+
+@pytest.mark.parametrize("name", ["llama tied, biased", "qwen3", "smollm3", "granite"])
+def test_a_step_depends_on_no_data_of_the_device(name: str) -> None:
+    """On tensors without data whatever would wait for the device raises: a step can be captured in a graph."""
+    model = make(name).to("meta")
+    device_forward, ids = on_device(model), torch.zeros(5, dtype=torch.int64, device="meta")
+    rows = torch.zeros(2, dtype=torch.int32, device="meta")
+    metadata = AttentionMetadata(rows[None], rows, rows, ids, (2, 3), (2, 3))
+    pages = Pages(make(name), [torch.zeros(1)])
+    pools = [[page.to("meta") for page in pool] for pool in (pages.k_pages, pages.v_pages)]
+    with torch.no_grad():
+        logits = device_forward.forward(ids, ids, ids[:2], ShapesOnly(), metadata, *pools)
+    assert logits.shape == (2, VOCAB) and logits.dtype == torch.float32
+
+
 def test_negative_slots_store_nothing() -> None:
     model = make()
     steps, pages = DeviceSteps(on_device(model)), Pages(model, [torch.zeros(1, dtype=torch.int64)])
@@ -68,9 +91,9 @@ def test_negative_slots_store_nothing() -> None:
 def test_rope_tables_grow_with_the_sequence() -> None:
     model = make()
     device_forward = on_device(model, max_positions=5)
-    moves = device_forward.num_moves
+    layout = device_forward.layout_version
     assert_same(DeviceSteps(device_forward), model)
-    assert device_forward.num_moves > moves
+    assert device_forward.layout_version != layout
 
 
 def test_a_deleted_model_is_freed() -> None:
@@ -95,8 +118,10 @@ def test_writes_in_place_need_no_refresh(name: str) -> None:
             parameter.add_(0.3 * parameter.std().nan_to_num(1.0) * torch.randn_like(parameter))
     assert_same(steps, model)
     assert (fused_logits(steps, model, ids)[0] - stale[0]).abs().max() > 1e-2
-    moves = device_forward.num_moves
-    assert device_forward.refresh() == "" and device_forward.num_moves == moves
+    layout = device_forward.layout_version
+    assert device_forward.refresh() == "" and device_forward.layout_version == layout
+    model.model.norm.weight.data = model.model.norm.weight.data.clone()
+    assert device_forward.refresh() == "" and device_forward.layout_version != layout
 
 
 @pytest.mark.parametrize("way", ["data", "parameter", "state_dict"])
