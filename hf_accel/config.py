@@ -19,11 +19,13 @@ class FaultInjection:
         retract_every: retract one running request every so many steps (0: never; 2 or more with `overlap`).
         force_miss: treat every prefix lookup as a miss.
         check_integrity: verify every invariant of the pool and the prefix tree after each step.
+        device_forward: on CPU too, run plain dense Llama-like models through the loop over layers meant for devices.
     """
 
     retract_every: int = 0
     force_miss: bool = False
     check_integrity: bool = False
+    device_forward: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class EngineConfig:
         enable_prefix_cache: share KV between requests with a common prefix.
         attention_backend: "auto", "cpu" (the C++ op), "triton" or "flashinfer" (CUDA), or "torch".
         kv_cache_dtype: "auto" (the model's own) or "fp8" (e4m3 with scales for each token; MLA models only, approximate).
-        fused: run plain dense Llama-like models through the fused CPU decoder where it applies.
+        fused: run plain dense Llama-like models through the fused CPU decoder where it applies; on CUDA through our own loop
+            over their layers, for which the q, k, v and gate, up weights of a layer move into one tensor until the engine closes.
         pack_weights: keep a second, pre-packed copy of plain dense weights for fast CPU matrix products:
             True, False, or "auto" (where memory allows).
         overlap: plan and launch the next step while the device runs the last one: True, False, or "auto" (on CUDA).

@@ -74,7 +74,10 @@ class EngineHost:
             if self._asleep:
                 self._wake()
             version = self._tracker.version()
-            self.core.executor.runner.prepare(version, self._tracker.layout_version)
+            runner = self.core.executor.runner
+            if runner.prepare(version):
+                self._tracker.accept_move()
+            runner.prepare_graphs(self._tracker.layout_version)
             own_call = next(self._ids) if has_user_hooks(self.model) else None
             return (version, self._num_spoilt, own_call)
 
@@ -198,7 +201,13 @@ class EngineHost:
         """Give the memory of the KV pool and the CUDA graphs back (and drop the prefix cache). Raises RuntimeError while requests are going."""
         with self._idle("sleep"):
             self.core.cache.reset()
-            self.core.executor.runner.release()
+            runner = self.core.executor.runner
+            moves = runner.moved_parameters
+            if moves:
+                self._tracker.version()  # a change before the move counts
+            runner.release()
+            if moves:
+                self._tracker.accept_move()
             self._asleep = True
 
     def wake(self) -> None:

@@ -26,6 +26,7 @@ from hf_accel.patching.deepseek import LatentLayers
 from hf_accel.patching.experts import experts_configs, experts_on
 from hf_accel.patching.forward_state import TensorAddresses, forward_state
 from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
+from hf_accel.patching.llama_device import DeviceForward, device_forward_for
 from hf_accel.patching.packed_linears import PackedLinears
 from hf_accel.patching.registry import ModelSpec
 from hf_accel_kernels.mla import mla_gather
@@ -34,6 +35,8 @@ logger = logging.getLogger("hf_accel")
 
 CPU_POOL_LIMIT = 4 << 30
 """Bytes that an automatically sized pool takes at most on CPU; `num_pages` goes past it."""
+FIRST_POSITIONS = 1 << 17
+"""Positions that a device's rope tables cover before a longer sequence comes."""
 
 
 class ModelRunner:
@@ -61,7 +64,9 @@ class ModelRunner:
         self._experts_configs: list[Any] = []
         self._fused: FusedDecoderModel | None = None
         self._linears: PackedLinears | None = None
+        self._device_forward: DeviceForward | None = None
         self._version: Hashable = None
+        self._layout_version: Hashable = None
         self._fused_reason: str | None = None
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
 
@@ -75,32 +80,56 @@ class ModelRunner:
 
     @property
     def fused(self) -> bool:
-        """Whether steps run through the fused decoder at present."""
-        return self._fused is not None
+        """Whether steps run through the fused decoder, or on a device through our own loop over the layers, at present."""
+        return self._fused is not None or self._device_forward is not None
+
+    @property
+    def layout_version(self) -> int | None:
+        """Changes whenever weights that a captured step reads may have moved; None where steps run the model's own layers."""
+        return None if self._device_forward is None else self._device_forward.layout_version
+
+    @property
+    def moved_parameters(self) -> bool:
+        """Whether some of the model's parameters lie in tensors of this runner, until `release`."""
+        return self._device_forward is not None
 
     @property
     def matches_model(self) -> bool:
         """Whether the model still has the device and dtype that the pool was made for."""
         return self.model.device == self.device and self.model.dtype == self.dtype
 
-    def prepare(self, weights_version: Hashable, layout_version: Hashable = None) -> None:
-        """Bring derived weights and graphs up to date; called when a call begins, never during a step.
+    def prepare(self, weights_version: Hashable) -> bool:
+        """Bring derived weights up to date; called when a call begins, never during a step. `prepare_graphs` follows.
 
-        Args:
-            weights_version: of the weights and adapters.
-            layout_version: changes when a forward could read other memory, or run other modules.
+        Returns:
+            whether the model's parameters may have moved to other memory, with their values as they were.
         """
         changed, self._version = weights_version != self._version, weights_version
         self._prepare_latent(changed)
         if changed and self.backend.name == "cpu":
             self._experts_configs = experts_configs(self.model)
-        self._prepare_packed(changed)
-        if self.graphs is not None:
-            self._prepare_graphs(self.graphs, layout_version)
+        if self.device.type == "cuda" or self.config.faults.device_forward:
+            return self._prepare_device_forward(changed)
+        if self.device.type == "cpu" and self.config.pack_weights is not False:
+            self._prepare_packed(changed)
+        return False
+
+    def _prepare_device_forward(self, changed: bool) -> bool:
+        moved, held = False, self._device_forward
+        if held is not None:
+            reason = held.why_not_valid(self.model) or (held.refresh() if changed else "")
+            moved = changed or bool(reason)
+            if reason:
+                held.close()
+                self._device_forward = None
+        if self._device_forward is None and self.config.fused and isinstance(self.pool, MHAPool):
+            most = min(self.spec.max_positions, self.num_pages * self.config.page_size, FIRST_POSITIONS)
+            self._device_forward, reason = device_forward_for(self.model, max_positions=most)
+            self._log_unfused(reason)
+            moved = moved or self._device_forward is not None
+        return moved
 
     def _prepare_packed(self, changed: bool) -> None:
-        if self.config.pack_weights is False or self.device.type != "cpu":
-            return
         if self._fused is not None:
             reason = self._fused.why_not_valid(self.model) or (self._fused.refresh() if changed else "")
             if reason:
@@ -120,10 +149,13 @@ class ModelRunner:
             fused, reason = fused_decoder_for(
                 self.model, page_size=self.config.page_size, max_positions=self.spec.max_positions
             )
-        if fused is None and reason != self._fused_reason:
+        self._log_unfused(reason)
+        return fused
+
+    def _log_unfused(self, reason: str) -> None:
+        if reason and reason != self._fused_reason:
             logger.info("hf_accel runs the model's own layers: %s", reason)
             self._fused_reason = reason
-        return fused
 
     def _why_not_packed(self) -> str:
         num_bytes = sum(p.nbytes for p in self.model.parameters())
@@ -135,6 +167,8 @@ class ModelRunner:
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits of the tokens in `batch.logits_indices`: [num_logits, vocab_size] float32, the caller's own."""
         batch.upload()
+        if self._device_forward is not None:
+            self._cover_positions(self._device_forward, max(batch.seq_lens_cpu))
         logits = self.graphs.run(batch, self.compute) if self.graphs is not None else None
         if logits is None:
             logits = self._forward_fused(batch) if self._fused is not None else None
@@ -155,11 +189,20 @@ class ModelRunner:
             num_positions=max(batch.seq_lens_cpu),
         )
 
+    def _cover_positions(self, device_forward: DeviceForward, num_positions: int) -> None:
+        """Rope tables that move take the graphs that read them with them."""
+        before = device_forward.layout_version
+        device_forward.ensure_positions(num_positions)
+        if device_forward.layout_version != before:
+            self.prepare_graphs(self._layout_version)
+
     def compute(self, batch: ForwardBatch, metadata: AttentionMetadata) -> torch.Tensor:
-        """The model's own forward, which is also what graphs capture: logits [num_logits, vocab_size] of its dtype.
+        """The forward that graphs capture: logits [num_logits, vocab_size] of the model's dtype.
 
         Nothing here, or below, may read the batch's host lengths but through `metadata`.
         """
+        if self._device_forward is not None:
+            return self._forward_on_device(self._device_forward, batch, metadata)
         packed = self._linears.on() if self._linears is not None else contextlib.nullcontext()
         latent = self._latent.on() if self._latent is not None else contextlib.nullcontext()
         seams = (paged_attention_on(self.spec.configs), experts_on(self._experts_configs), packed, latent)
@@ -175,6 +218,21 @@ class ModelRunner:
                 forward_batch=self._step(metadata),
             )
         return output.logits[0]
+
+    @torch.no_grad()
+    def _forward_on_device(
+        self, device_forward: DeviceForward, batch: ForwardBatch, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        with _no_autocast(self.device):
+            return device_forward.forward(
+                batch.input_ids,
+                batch.positions,
+                batch.logits_indices,
+                self.backend,
+                metadata,
+                self.pool.k_pages,
+                self.pool.v_pages,
+            )
 
     def _step(self, metadata: AttentionMetadata) -> PagedStep | LatentStep:
         if isinstance(self.pool, MHAPool):
@@ -201,17 +259,29 @@ class ModelRunner:
         self._fused = self._linears = self._latent = None
 
     def release(self) -> None:
-        """Give the pool's and the graphs' memory back; the contents are lost. `pool.restore` takes the pool's again."""
+        """Give the pool's and the graphs' memory back, and the model's parameters memory of their own; until `pool.restore`
+        and `prepare`."""
         if self.graphs is not None:
             self.graphs.release()
         self.pool.release()
+        if self._device_forward is not None:
+            self._device_forward.close()
+            self._device_forward = None
 
     def warm_up(self) -> None:
         """Capture a graph of every batch size now; `prepare` comes first. Nothing without graphs."""
         if self.graphs is not None:
             self.graphs.warm_up(self.compute)
 
-    def _prepare_graphs(self, graphs: CudaGraphRunner, layout_version: Hashable) -> None:
+    def prepare_graphs(self, layout_version: Hashable) -> None:
+        """Give up graphs of what the forward is no longer; called after `prepare`.
+
+        Args:
+            layout_version: changes when a forward could read other memory, or run other modules.
+        """
+        self._layout_version = layout_version
+        if self.graphs is None:
+            return
         model, reason = self.model, ""
         state, watched = forward_state(model, self.spec.configs)
         latent = self._latent.addresses() if self._latent is not None else []
@@ -219,8 +289,9 @@ class ModelRunner:
             reason = "the latents of some layer are expanded, at lengths that the host knows"
         if self._fused is not None:
             reason = "the fused CPU step has none"
-        addresses = [latent, self.pool.addresses()]
-        graphs.follow([layout_version, state, addresses], lambda: TensorAddresses(model), reason or watched)
+        own_loop = self._device_forward.layout_version if self._device_forward is not None else None
+        addresses = [latent, self.pool.addresses(), own_loop]
+        self.graphs.follow([layout_version, state, addresses], lambda: TensorAddresses(model), reason or watched)
 
     def _prepare_latent(self, changed: bool) -> None:
         if not isinstance(self.pool, MLAPool):

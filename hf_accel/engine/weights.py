@@ -114,6 +114,13 @@ class WeightTracker:
         with self._lock:
             self._weights_version += 1
 
+    def accept_move(self) -> None:
+        """Say that what changed since the last call is where tensors lie: their values are what they were."""
+        with self._lock:
+            version = self._weights_version
+            self._refresh()
+            self._weights_version = version
+
     def close(self) -> None:
         """Stop listening to optimizers; the process-wide hook goes with the last tracker, closed or collected."""
         _unwatch_optimizers(self)

@@ -58,7 +58,6 @@ class FusedDecoderModel:
     def __init__(self, model: nn.Module, *, page_size: int, max_positions: int) -> None:
         self._model = weakref.ref(model)
         self._snapshot = Snapshot(model)
-        self.dtype: torch.dtype = model.lm_head.weight.dtype
         family, layers = family_of(model), decoder_layers(model)
         attention = layers[0].self_attn
         spec = DecoderSpec(
@@ -99,13 +98,7 @@ class FusedDecoderModel:
 
     def why_not_valid(self, model: nn.Module) -> str:
         """ "" while the model is the one packed, in eval mode, with no hook, adapter, compiled or replaced part."""
-        if model is not self._model():
-            return "another model"
-        if torch.is_autocast_enabled("cpu"):
-            return "autocast is on"
-        if model.lm_head.weight.dtype != self.dtype:
-            return "the model's dtype changed"
-        return self._snapshot.why_changed(model)
+        return "another model" if model is not self._model() else self._snapshot.why_changed(model)
 
     def refresh(self, names: Collection[str] | None = None) -> str:
         """Pack the weights again after a change, in place.
@@ -174,11 +167,13 @@ class FusedDecoderModel:
 
 
 def rope_tables(model: nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [length, rotary_dim] of positions 0..length-1, computed by the model's own rotary embedding."""
-    like = torch.empty(1, dtype=model.lm_head.weight.dtype)
+    """cos and sin [length, rotary_dim] float32 of positions 0..length-1 on the model's device, computed by its own rotary
+    embedding and rounded to its dtype."""
+    weight = model.lm_head.weight
+    like = torch.empty(1, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
-        cos, sin = model.model.rotary_emb(like, position_ids=torch.arange(length).unsqueeze(0))
-    return cos[0], sin[0]
+        cos, sin = model.model.rotary_emb(like, position_ids=torch.arange(length, device=weight.device).unsqueeze(0))
+    return cos[0].float().contiguous(), sin[0].float().contiguous()
 
 
 def _linear(module: nn.Module) -> Linear:

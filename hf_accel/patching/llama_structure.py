@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.activations import ACT2FN
 
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that depend on the position alone
 
 
@@ -54,14 +55,16 @@ _ATTENTION = {"q_proj": nn.Linear, "k_proj": nn.Linear, "v_proj": nn.Linear, "o_
 _MLP = {"gate_proj": nn.Linear, "up_proj": nn.Linear, "down_proj": nn.Linear, "act_fn": type(ACT2FN["silu"])}
 
 
-def why_not_plain(model: nn.Module) -> str:
-    """ "" when the model is a plain dense Llama-like decoder on CPU, else the reason in words."""
+def why_not_plain(
+    model: nn.Module, *, device: torch.device | str = "cpu", dtypes: Collection[torch.dtype] = CPU_DTYPES
+) -> str:
+    """ "" when the model is a plain dense Llama-like decoder of one of `dtypes` on `device`, else the reason in words."""
     family = FAMILIES.get((type(model).__module__, type(model).__qualname__))
     if family is None:
         return f"{type(model).__name__} is not one of the plain Llama-like families"
     return (
         _why_not_tree(model, family)
-        or _why_not_weights(model)
+        or _why_not_weights(model, torch.device(device), dtypes)
         or _why_not_constants(model, family)
         or why_touched(model.modules())
     )
@@ -155,24 +158,34 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         modules = _walk(model)
+        self._dtype, self._device_type = _kind(model)
         self._modules = [(weakref.ref(module), type(module)) for module in modules]
         self._forwards = {kind: kind.forward for _, kind in self._modules}
         self._constants = constants(model)
 
     def why_changed(self, model: nn.Module) -> str:
-        """ "" when the tree has the same modules, classes, forwards and constants, and nothing was hung on them."""
+        """ "" when the tree has the same modules, classes, forwards and constants, nothing was hung on them, and no autocast is on."""
+        if torch.is_autocast_enabled(self._device_type):
+            return "autocast is on"
         modules = _walk(model)
         if len(modules) != len(self._modules):
             return "a module was added or removed"
         for module, (ref, kind) in zip(modules, self._modules, strict=True):
             if ref() is not module or type(module) is not kind:
                 return f"a {kind.__name__} was replaced"
+        if _kind(model) != (self._dtype, self._device_type):
+            return "the model's dtype or device changed"
         if any(kind.forward is not forward for kind, forward in self._forwards.items()):
             return "a class's forward was replaced"
         reason = why_touched(iter(modules))
         if not reason and self._constants != constants(model):
             return "a constant of the model changed"
         return reason
+
+
+def _kind(model: nn.Module) -> tuple[torch.dtype, str]:
+    weight = model.lm_head.weight
+    return weight.dtype, weight.device.type
 
 
 def _why_not_tree(model: nn.Module, family: Family) -> str:
@@ -220,14 +233,14 @@ def _why_not_forwards(kinds: set[type]) -> str:
     return ""
 
 
-def _why_not_weights(model: nn.Module) -> str:
+def _why_not_weights(model: nn.Module, device: torch.device, dtypes: Collection[torch.dtype]) -> str:
     dtype = model.lm_head.weight.dtype
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"the weights are {dtype}: float32 and bfloat16 have a fused path"
+    if dtype not in dtypes:
+        return f"the weights are {dtype}: {', '.join(map(str, dtypes))} have a fused path"
     for name, weight in model.named_parameters():
         if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
             return f"{name} is not a plain dense parameter"
-        if weight.device.type != "cpu":
+        if weight.device != device:
             return f"{name} is on {weight.device}"
         if weight.dtype != dtype:
             return f"{name} is {weight.dtype}, lm_head.weight is {dtype}"

@@ -25,7 +25,7 @@ NEW_TOKENS = 16
 LONGEST = 56  # tokens of the longest prompt and its output
 AXES: dict[str, Sequence[Any]] = {
     "family": ("llama", "mistral"),
-    "path": ("fused", "cpu", "torch"),
+    "path": ("fused", "cpu", "torch", "device"),
     "page_size": (1, 3, 16),
     "budget": (7, 64),
     "policy": ("fcfs", "lpm", "priority"),
@@ -38,6 +38,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "fused": {},
     "cpu": {"fused": False, "attention_backend": "cpu"},
     "torch": {"fused": False, "attention_backend": "torch", "pack_weights": False},
+    "device": {"attention_backend": "torch"},
 }
 FAULTS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -73,7 +74,7 @@ def grid_id(point: dict[str, Any]) -> str:
 
 
 def engine_options(point: dict[str, Any]) -> dict[str, Any]:
-    if point["path"] != "torch" and library.load()[0] is None:
+    if point["path"] in ("fused", "cpu") and library.load()[0] is None:
         pytest.skip(f"no C++ ops here: {library.load()[1]}")
     tokens = 64 if point["pool"] == "tiny" else 1200
     return {
@@ -84,7 +85,9 @@ def engine_options(point: dict[str, Any]) -> dict[str, Any]:
         "policy": point["policy"],
         "enable_prefix_cache": point["faults"] != "no_cache",
         "overlap": point["overlap"],
-        "faults": FaultInjection(check_integrity=True, **FAULTS[point["faults"]]),
+        "faults": FaultInjection(
+            check_integrity=True, device_forward=point["path"] == "device", **FAULTS[point["faults"]]
+        ),
         **PATHS[point["path"]],
     }
 
@@ -133,7 +136,7 @@ def test_engine(point: dict[str, Any], references: dict[str, tuple[PreTrainedMod
     lengths = [order.randint(1, NEW_TOKENS) for _ in PROMPTS]
     lengths[ABORTED] = NEW_TOKENS
     finished = run_in_waves(engine, order, lengths)
-    assert runs_fused.fused is (point["path"] == "fused")
+    assert runs_fused.fused is (point["path"] in ("fused", "device"))
     for index, output in finished.items():
         for completion in output.outputs:
             if index == ABORTED:

@@ -8,7 +8,10 @@ import torch
 import transformers
 from torch import nn
 
+from hf_accel.attention.base import AttentionMetadata
+from hf_accel.attention.torch_backend import TorchBackend
 from hf_accel.patching.llama import FusedDecoderModel, fused_decoder_for
+from hf_accel.patching.llama_device import DeviceForward, device_forward_for
 
 VOCAB, PAGE_SIZE, NUM_PAGES = 97, 4, 64
 BASE = {
@@ -62,6 +65,29 @@ def fuse(model: nn.Module) -> FusedDecoderModel:
     return fused
 
 
+def on_device(model: nn.Module, max_positions: int = 64) -> DeviceForward:
+    device_forward, reason = device_forward_for(model, max_positions=max_positions)
+    assert device_forward is not None, reason
+    return device_forward
+
+
+class DeviceSteps:
+    """A device's loop, called as the fused CPU decoder is."""
+
+    def __init__(self, device_forward: DeviceForward) -> None:
+        self.device_forward, self.backend = device_forward, TorchBackend()
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, page_table: torch.Tensor,
+        seq_lens: torch.Tensor, starts: torch.Tensor, indices: torch.Tensor, k_pages: Any, v_pages: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        lens = (tuple(starts.diff().tolist()), tuple(seq_lens.tolist()))
+        metadata = AttentionMetadata(page_table, seq_lens, starts, slots, *lens)
+        self.device_forward.ensure_positions(max(lens[1]))
+        return self.device_forward.forward(input_ids, positions, indices, self.backend, metadata, k_pages, v_pages)
+
+
 class Pages:
     """A pool with scattered pages for a few sequences."""
 
@@ -74,7 +100,7 @@ class Pages:
         width = max(-(-len(s) // PAGE_SIZE) for s in sequences)
         self.table = torch.randperm(NUM_PAGES)[: width * len(sequences)].view(len(sequences), width).int()
 
-    def step(self, fused: FusedDecoderModel, counts: list[int]) -> torch.Tensor:
+    def step(self, fused: FusedDecoderModel | DeviceSteps, counts: list[int]) -> torch.Tensor:
         active = [i for i, count in enumerate(counts) if count]
         positions = [torch.arange(self.done[i], self.done[i] + counts[i]) for i in active]
         slots = [self.table[i].long()[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for i, p in zip(active, positions)]
@@ -88,7 +114,9 @@ class Pages:
         )  # fmt: skip
 
 
-def fused_logits(fused: FusedDecoderModel, model: nn.Module, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+def fused_logits(
+    fused: FusedDecoderModel | DeviceSteps, model: nn.Module, sequences: list[torch.Tensor]
+) -> list[torch.Tensor]:
     """Logits of each sequence, computed in chunks, decode steps and mixed batches."""
     pages = Pages(model, sequences)
     parts: list[list[torch.Tensor]] = [[] for _ in sequences]

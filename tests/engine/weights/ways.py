@@ -16,6 +16,7 @@ from ...tiny import make_tiny_llama
 PROMPT = torch.randint(0, 256, (1, 41), generator=torch.Generator().manual_seed(3))
 LENGTH = 10
 CONFIG = {"num_pages": 128, "page_size": 8, "faults": FaultInjection(check_integrity=True)}
+ON_DEVICE = {"faults": FaultInjection(check_integrity=True, device_forward=True)}
 
 
 def make_llama(tied: bool = False):
@@ -49,8 +50,8 @@ class DataSGD(torch.optim.Optimizer):
 class Generate:
     """Our answers through `model.generate` of a patched model."""
 
-    def __init__(self, model, fused: bool):
-        self.model = hf_accel.patch(model, fused=fused, **CONFIG)
+    def __init__(self, model, **options):
+        self.model = hf_accel.patch(model, **(CONFIG | options))
         self.engine = hf_accel.get_engine(model)
 
     def tokens(self) -> list[int]:
@@ -60,8 +61,8 @@ class Generate:
 class ByHand:
     """Our answers through an Engine."""
 
-    def __init__(self, model, fused: bool):
-        self.engine = Engine(model, fused=fused, **CONFIG)
+    def __init__(self, model, **options):
+        self.engine = Engine(model, **(CONFIG | options))
 
     def tokens(self) -> list[int]:
         return (
@@ -71,6 +72,7 @@ class ByHand:
 
 WAYS = {
     "generate-fused": lambda model: Generate(model, fused=True),
+    "generate-device": lambda model: Generate(model, **ON_DEVICE),
     "generate-layers": lambda model: Generate(model, fused=False),
     "engine-fused": lambda model: ByHand(model, fused=True),
     "engine-layers": lambda model: ByHand(model, fused=False),
