@@ -25,7 +25,7 @@ from .paged_tiles import (
     start_softmax,
 )
 
-MOST_SPLITS = 64
+MOST_SPLITS = 128
 SHORTEST_SPLIT = 128  # tokens
 WAVES = 2  # splits that a busy device should have for each place where one runs
 RESIDENT = 3  # such places of a multiprocessor
@@ -94,11 +94,11 @@ def paged_decode(
         SPLIT=split, num_warps=num_warps, num_stages=num_stages, **options,
     )  # fmt: skip
     if split:
-        dims = {"V_DIM": options["V_DIM"], "BLOCK_V": options["BLOCK_V"], "BLOCK_S": 8}
+        dims = {"V_DIM": options["V_DIM"], "BLOCK_V": options["BLOCK_V"], "BLOCK_S": 16}
         launch(
             _merge_splits_kernel, (num_heads, num_seqs),
             parts, part_lse, num_parts, *ends, num_splits, *strides,
-            HAS_SINKS=has_sinks, HAS_LSE=has_lse, **dims, num_warps=2,
+            HAS_SINKS=has_sinks, HAS_LSE=has_lse, **dims, num_warps=4,
         )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def _merge_splits_kernel(
         total = 1.0
     acc = tl.zeros([BLOCK_V], tl.float32)
     first = (seq * tl.num_programs(0) + head) * max_splits
-    for start in range(0, num_parts, BLOCK_S):
+    for start in tl.range(0, num_parts, BLOCK_S, num_stages=3):
         splits = start + tl.arange(0, BLOCK_S)
         held = splits < num_parts
         lse = tl.load(part_lse_ptr + first + splits, mask=held, other=-float("inf"))

@@ -112,6 +112,12 @@ def test_splits_are_bounded_by_places(monkeypatch: pytest.MonkeyPatch, device: t
         check(case, decode=3)
 
 
+def test_more_splits_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setattr(paged_decode, "SHORTEST_SPLIT", 64)
+    case = make_paged_case((1, 1), (2400, 70), num_kv_heads=1, group=2, head_dim=16, device=device)
+    check(case, decode=2, sinks=case.sinks)
+
+
 @DTYPES
 @pytest.mark.parametrize("chip", [80, 90])
 def test_fp8(dtype: torch.dtype, chip: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
