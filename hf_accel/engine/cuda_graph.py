@@ -6,7 +6,6 @@ it is captured is `graph_capture`'s. Whatever cannot be captured runs eagerly, w
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from bisect import bisect_left
 from collections import Counter
@@ -109,9 +108,7 @@ class CudaGraphRunner:
         if state != self._state:
             self.release()
             self._state, self._addresses = state, addresses()
-        self._reason = reason
-        if reason:
-            self._tell(logging.INFO, f"hf_accel runs decode steps without CUDA graphs: {reason}")
+        self._refuse(reason)
 
     def release(self) -> None:
         """Give up all graphs, and their memory."""
@@ -130,7 +127,7 @@ class CudaGraphRunner:
             return None
         if self._addresses is None or not self._addresses.hold():
             self.release()
-            self._reason = "the weights moved since the call began"
+            self._refuse("the weights moved while requests were running")
             return None
         if batch.input_ids.data_ptr() != self.buffers.input_ids.data_ptr():
             self.buffers.input_ids[:count].copy_(batch.input_ids)
@@ -201,11 +198,13 @@ class CudaGraphRunner:
         watch = HostSyncWatch()
 
         def watched() -> torch.Tensor:
-            with watch if not self._checked else contextlib.nullcontext():
+            with watch:
                 return step()
 
         try:
-            result = self._maker.warm_up(watched)
+            result = self._maker.warm_up(step)  # a backend may plan in it, on the host
+            if not self._checked:
+                self._maker.warm_up(watched)
         except torch.OutOfMemoryError:
             self._stop("the device has no memory left for them")
             return None
@@ -224,6 +223,12 @@ class CudaGraphRunner:
         self.release()
         self._state, self._addresses, self._full = state, addresses, True
         self._tell(logging.WARNING, f"hf_accel runs decode steps without CUDA graphs: {reason}")
+
+    def _refuse(self, reason: str) -> None:
+        """Run eagerly for a reason, or not any more ("")."""
+        self._reason = reason
+        if reason:
+            self._tell(logging.INFO, f"hf_accel runs decode steps without CUDA graphs: {reason}")
 
     def _stop(self, reason: str) -> None:
         self._full = True

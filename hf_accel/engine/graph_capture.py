@@ -104,7 +104,7 @@ class CudaGraphMaker:
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate, copy and train meanwhile: only this thread's calls can spoil the capture.
             options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-            with _allocator_restored(self._device, self._pool), torch.cuda.graph(graph, **options):
+            with _repaired_after_failure(self._device, self._pool), torch.cuda.graph(graph, **options):
                 step()
             return graph
 
@@ -116,16 +116,18 @@ class CudaGraphMaker:
 
 
 @contextlib.contextmanager
-def _allocator_restored(device: torch.device, pool: Any) -> Iterator[None]:
-    """A capture that the driver declares invalid ends before torch's allocator hears of its end: tell it."""
+def _repaired_after_failure(device: torch.device, pool: Any) -> Iterator[None]:
+    """A capture that the driver declares invalid ends before torch hears of it: its allocator would go on filling the pool, its
+    random numbers would refuse to be drawn."""
     try:
         yield
     except BaseException:
-        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
         index = torch.cuda.current_device() if device.index is None else device.index
         with contextlib.suppress(Exception):  # it had heard
-            if end is not None:
-                end(index, pool)
+            torch._C._cuda_endAllocateToPool(index, pool)
+        with contextlib.suppress(Exception):
+            generator = torch.cuda.default_generators[index]
+            generator.graphsafe_set_state(generator.clone_state())  # a copy is not in a capture
         raise
 
 

@@ -128,6 +128,20 @@ def test_a_step_may_be_built_before_the_one_before_it_runs() -> None:
             assert_same(ours, expected, 4)
 
 
+def test_a_page_that_changes_while_a_step_waits_to_run() -> None:
+    builder, _ = make_builder(4)
+    early = builder.build(SchedulerOutput((ScheduledRequest(0, 3, (5,), 0, ((0, 11),), 1),), 1))
+    prefill = ScheduledRequest(
+        1, 3, (1, 2), 0, ((0, 22),), 1
+    )  # the slot has another owner, whose first step is not staged
+    assert builder.build(SchedulerOutput((prefill,), 2)).staged is None
+    early.upload()
+    assert early.page_table.tolist() == [[11]]
+    late = builder.build(SchedulerOutput((ScheduledRequest(1, 3, (5,), 2, (), 1),), 1))
+    late.upload()
+    assert late.page_table.tolist() == [[22]]
+
+
 def test_more_page_updates_than_the_pinned_words_have_room_for() -> None:
     builder, buffers = make_builder(2)
     everyone = [
@@ -178,6 +192,10 @@ def test_pinned_memory_is_not_written_while_its_copy_may_be_under_way() -> None:
         made.append(Staging(torch.zeros(4, dtype=torch.int64), FakeEvent()))
         return made[-1]
 
+    ring = StagingRing(make)
+    ring.give_back(ring.take())
+    assert ring.take() is made[1] and not made[0].event.waited  # rather than wait, another is made
+    made.clear()
     ring = StagingRing(make)
     held = [ring.take() for _ in range(decode_buffers.MOST_STAGINGS)]
     assert held == made and len(set(map(id, held))) == 4

@@ -3,6 +3,7 @@ meanwhile; and padding writes to its own page alone."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -102,15 +103,51 @@ def test_padding_writes_to_the_reserved_page_only(recorded: dict[str, Any]) -> N
     assert engine.stats().num_pages_total == 96
 
 
-def test_callers_keep_their_logits(recorded: dict[str, Any]) -> None:
-    """Rows sampled by their caller: the logits of one step are not the next step's."""
-    model = hf_accel.patch(spread_llama(), **recorded)
-    prompt = make_prompts(1, seed=4)[0][None]
-    options = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
-    got = model.generate(prompt, **options)
-    assert hf_accel.get_engine(model).stats().num_graph_replays == 5
-    expected = hf_accel.unpatch(model).generate(prompt, **options)
-    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=2e-4, rtol=0)
+class Steps:
+    """The batches and logits of an engine's decode steps, with a copy of the logits as they were."""
+
+    def __init__(self, engine: Engine) -> None:
+        runner = engine.core.executor.runner
+        self.seen: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
+        self._forward, runner.forward = runner.forward, self._watched
+
+    def _watched(self, batch: Any) -> torch.Tensor:
+        logits = self._forward(batch)
+        if batch.staged is not None:
+            self.seen.append((batch, logits, logits.clone()))
+        return logits
+
+
+def test_logits_are_the_callers_own_and_backends_are_told_the_lengths(recorded: dict[str, Any]) -> None:
+    model, prompts = spread_llama(), make_prompts(3, seed=4)
+    engine = Engine(model, **recorded)
+    steps = Steps(engine)
+    tokens(engine, prompts)
+    refreshed = engine.core.executor.runner.backend.refreshed
+    assert len(steps.seen) == len(refreshed) == NEW_TOKENS - 1
+    for (batch, logits, copy), lengths in zip(steps.seen, refreshed, strict=True):
+        assert logits.dtype == torch.float32 and torch.equal(logits, copy)
+        assert lengths == (*batch.seq_lens_cpu, 1)  # padded to four
+
+
+def test_token_ids_may_come_from_the_device(recorded: dict[str, Any], graphs_of: Any) -> None:
+    """A step launched before its tokens are known on the host gets them in a tensor of its own."""
+    model, prompts = spread_llama(), make_prompts(3, seed=8)
+    engine = Engine(model, **recorded)
+    runner = engine.core.executor.runner
+    forward = runner.forward
+
+    def late(batch: Any) -> torch.Tensor:
+        if batch.staged is None:
+            return forward(batch)
+        batch.upload()
+        ids = batch.input_ids.clone()
+        batch.input_ids.fill_(3)
+        return forward(dataclasses.replace(batch, input_ids=ids))
+
+    runner.forward = late
+    assert tokens(engine, prompts) == [hf_tokens(model, prompt) for prompt in prompts]
+    assert graphs_of(engine).num_replays == NEW_TOKENS - 1
 
 
 def test_a_batch_larger_than_the_largest_size(recorded: dict[str, Any], graphs_of: Any) -> None:
