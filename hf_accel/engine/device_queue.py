@@ -6,6 +6,7 @@ work is queued behind it. Knows neither steps nor requests.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import weakref
@@ -107,6 +108,7 @@ class WorkerQueue:
             self._thread = threading.Thread(
                 target=_work, args=(self._jobs,), name="hf_accel device", daemon=True
             )  # knows the jobs alone: an engine that nobody holds goes, and its thread with it
+            _running[self._thread] = self._jobs
             self._thread.start()
             weakref.finalize(self, self._jobs.put, None)
         self._jobs.put(job)
@@ -150,6 +152,18 @@ class _Job(Generic[T]):
                 self._meter.add(span)
             self._done.set()
         return self._error is not None
+
+
+_running: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[_Job[Any] | None]] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread that is inside torch when the interpreter ends would take the process down: let each end its job."""
+    for thread, jobs in list(_running.items()):
+        jobs.put(None)
+        if thread.is_alive():
+            thread.join()
 
 
 def _work(jobs: queue.SimpleQueue[_Job[Any] | None]) -> None:

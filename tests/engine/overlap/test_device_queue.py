@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +114,23 @@ def test_the_idle_share_falls_when_the_host_runs_ahead(make_engine, monkeypatch)
         shares[overlap] = engine.stats().device_idle_share
         engine.shutdown()
     assert 0.25 < shares[False] < 0.8 and shares[True] < shares[False] / 2
+
+
+LEAVES = """
+from tests.tiny import make_tiny_llama
+from hf_accel import Engine, SamplingParams
+engine = Engine(make_tiny_llama(), overlap=True, num_pages=64)
+engine.add_request([1, 2, 3] * 40, SamplingParams(max_tokens=400, temperature=0))
+engine.step()
+print("bye")
+"""
+
+
+def test_a_process_may_end_with_a_step_in_flight():
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    for _ in range(2):
+        ended = subprocess.run(
+            [sys.executable, "-c", LEAVES], cwd=root, env=environment, capture_output=True, text=True
+        )
+        assert (ended.returncode, ended.stdout) == (0, "bye\n"), ended.stderr[-2000:]
