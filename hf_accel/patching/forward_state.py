@@ -17,6 +17,8 @@ from torch.nn.modules import module as torch_module
 from hf_accel.patching.llama_structure import is_user_hook
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
+_TENSORS = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
+_CALLED_PLAINLY = frozenset({"forward", "_compiled_call_impl"})
 _SWITCHED = "_attn_implementation_internal"  # ours while a step runs, and of no consequence for it
 
 
@@ -31,22 +33,21 @@ def forward_state(model: nn.Module, configs: Sequence[Any]) -> tuple[list[Any], 
     """
     state: list[Any] = [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]
     forwards: dict[type, Any] = {}
+    kept = _PLAIN | _TENSORS  # tensors outside of parameters and buffers
     reason = "a global module hook is registered" if torch_module._has_any_global_hook() else ""
     modules, known = [model], {model}
     for module in modules:  # grows as it goes
         fields, kind = module.__dict__, type(module)
         forwards[kind] = kind.forward
         state.append(kind)
-        for value in fields.values():
-            if type(value) in _PLAIN:
-                state.append(value)
-            elif isinstance(value, torch.Tensor):
-                state.append((id(value), _address(value)))
-        reason = reason or _why_watched(module)
+        state += [value for value in fields.values() if type(value) in kept]
+        if fields["_forward_hooks"] or fields["_forward_pre_hooks"] or not _CALLED_PLAINLY.isdisjoint(fields):
+            reason = reason or _why_watched(module)
         for child in fields["_modules"].values():
             if child is not None and child not in known:
                 known.add(child)
                 modules.append(child)
+    state = [(id(value), _address(value)) if type(value) in _TENSORS else value for value in state]
     state.append(forwards)
     for config in configs:
         state += [(k, v if type(v) in _PLAIN else repr(v)) for k, v in vars(config).items() if k != _SWITCHED]

@@ -3,7 +3,10 @@ captured."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,26 +25,25 @@ NEW_TOKENS = 40
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 
 
-class SyncsForbidden:
-    """From its `after`-th step on, everything of a decode step up to its logits must not wait for the device."""
+@contextlib.contextmanager
+def syncs_forbidden() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
-    def __init__(self, engine: Engine, after: int) -> None:
-        executor = engine.core.executor
-        self.after, self.num_steps = after, 0
-        self._build, self._forward = executor.builder.build, executor.runner.forward
-        executor.builder.build = lambda output: self._strictly(self._build, output)
-        executor.runner.forward = lambda batch: self._strictly(self._forward, batch)
 
-    def _strictly(self, call: Any, argument: Any) -> Any:
-        requests = getattr(argument, "requests", None)
-        self.num_steps += requests is not None
-        if self.num_steps <= self.after:
-            return call(argument)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return call(argument)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+def steady_steps(engine: Engine, prompts: list[torch.Tensor]) -> list[list[int]]:
+    """The tokens of requests that all run at once, with whole steps in the middle, planning and sampling too, that must not wait
+    for the device in any way that torch can see."""
+    ids = [engine.add_request(input_ids=prompt, params=GREEDY) for prompt in prompts]
+    for _ in range(12):
+        engine.step()
+    with syncs_forbidden():
+        for _ in range(20):
+            engine.step()
+    return [engine.result(i).outputs[0].token_ids for i in ids]
 
 
 def make(family: str) -> tuple[Any, list[torch.Tensor], list[list[int]]]:
@@ -55,22 +57,38 @@ def tokens(engine: Engine, prompts: list[torch.Tensor]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in engine.generate(prompts, GREEDY)]
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["own-loop", "layers"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
-def test_replayed_steps_give_hfs_tokens_and_do_not_sync(family: str) -> None:
+def test_replayed_steps_give_hfs_tokens_and_do_not_sync(family: str, fused: bool) -> None:
+    if fused and family != "llama":
+        pytest.skip("it has no loop of our own")
     model, prompts, expected = make(family)
-    engine = Engine(model, **CONFIG)
-    strict = SyncsForbidden(engine, after=12)
-    assert tokens(engine, prompts) == expected
+    engine = Engine(model, **CONFIG, overlap=True, fused=fused)
+    assert steady_steps(engine, prompts) == expected
     stats = engine.stats()
     assert stats.num_cuda_graphs >= 1 and stats.num_graph_replays >= NEW_TOKENS - 10
-    assert stats.cuda_graph_bytes > 0 and strict.num_steps > 30
+    assert stats.cuda_graph_bytes > 0
 
 
 def test_eager_steps_do_not_sync_either() -> None:
     model, prompts, expected = make("llama")
-    engine = Engine(model, **CONFIG | {"cuda_graphs": False})
-    SyncsForbidden(engine, after=12)
+    engine = Engine(model, **CONFIG | {"cuda_graphs": False}, overlap=True)
+    assert steady_steps(engine, prompts) == expected
+
+
+def test_without_overlap_only_the_sampled_ids_are_waited_for() -> None:
+    model, prompts, expected = make("llama")
+    engine = Engine(model, **CONFIG, overlap=False)
+    runner, forward = engine.core.executor.runner, engine.core.executor.runner.forward
+    steps = itertools.count()
+
+    def strict(batch: Any) -> torch.Tensor:
+        with syncs_forbidden() if next(steps) >= 12 else contextlib.nullcontext():
+            return forward(batch)
+
+    runner.forward = strict
     assert tokens(engine, prompts) == expected
+    assert next(steps) > 30 and engine.stats().num_graph_replays > 30
 
 
 def test_graphs_follow_weights_in_place_and_replaced() -> None:

@@ -179,6 +179,22 @@ def test_a_softcap_in_the_configuration(recorded: dict[str, Any]) -> None:
     assert watched.check() == 1
 
 
+def test_a_tensor_that_is_neither_parameter_nor_buffer(recorded: dict[str, Any]) -> None:
+    class Shifted(nn.Linear):
+        shift: torch.Tensor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.shift
+
+    model = spread_llama()
+    model.lm_head.__class__, model.lm_head.shift = Shifted, torch.zeros(256)
+    watched = Watched(model, recorded)
+    model.lm_head.shift = torch.randn(256) * 3
+    assert watched.check() == 1
+    model.lm_head.shift.neg_()
+    assert watched.check() == 0
+
+
 def test_a_patched_class(recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(spread_llama(), recorded)
     kind = type(watched.model.model.norm)
