@@ -14,7 +14,7 @@ from hf_accel import Engine, SamplingParams
 from hf_accel.config import FaultInjection
 
 from ...cpp_ops import needs_cpp_ops
-from ...patching.configs import VOCAB_SIZE, make_model
+from ...patching.configs import FAMILIES, VOCAB_SIZE, make_model
 from ...tiny import make_tiny_llama
 
 NEW_TOKENS = 9
@@ -55,15 +55,17 @@ def test_every_batch_size(recorded: dict[str, Any], graphs_of: Any) -> None:
     assert engine.stats().cuda_graph_bytes == graphs.num_bytes > 4000
 
 
-@pytest.mark.parametrize(
-    "family", ["mistral", "gemma2", "gemma3", "gpt_oss", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, recorded: dict[str, Any], graphs_of: Any) -> None:
+    """Every kind of model that the engine runs can be captured as it is."""
+    if recorded["overlap"] and family not in ("gpt_oss", "deepseek_v3"):
+        pytest.skip("the loop is the same for all")
     model, prompts = make_model(family, torch.float32), make_prompts(3, seed=1)
     engine = Engine(model, **recorded)
     assert tokens(engine, prompts) == [hf_tokens(model, prompt) for prompt in prompts]
-    assert graphs_of(engine).num_replays == NEW_TOKENS - 1
-    assert graphs_of(engine).num_captures == 1
+    captured = graphs_of(engine).num_captures
+    assert captured == 1 or family == "phi3_longrope"  # older transformers look at its positions on the host
+    assert graphs_of(engine).num_replays == captured * (NEW_TOKENS - 1)
 
 
 @pytest.mark.parametrize("faults", [{"retract_every": 3}, {"force_miss": True}], ids=str)
