@@ -65,7 +65,7 @@ class StepProfile:
         self._wrap(core.executor, "execute", "execute")
         self._wrap(core.executor.runner, "forward", "forward")
         self._wrap(core.executor.sampler, "sample", "sample")
-        self._wrap(core, "_on_tokens", "on_step")
+        self._wrap(core._plain, "_on_tokens", "on_step")
         self._wrap(core, "_step", "step", self._saw_step)
         if core.executor.runner.fused:
             self._wrap(fused_library(), "hfa_decoder_forward", "native")

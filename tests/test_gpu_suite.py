@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import sys
 import time
@@ -50,7 +51,12 @@ def test_csv_has_its_columns_and_every_section(smoke: list[dict[str, str]]) -> N
     assert {r["section"] for r in smoke} == {"targets", *gpu_suite.SECTIONS}
     assert {r["status"] for r in smoke} <= {"ok", "not there", "not measured"}
     for r in smoke:
-        assert r["card"] == "CPU" and r["torch"] == torch.__version__ and r["date"] and "--smoke" in r["command"]
+        assert (
+            r["card"] == "CPU"
+            and r["torch"] == importlib.metadata.version("torch")
+            and r["date"]
+            and "--smoke" in r["command"]
+        )
         assert (r["value"] == "") == (r["status"] in UNTIMED), r
         if r["value"]:
             assert math.isfinite(float(r["value"])) and (float(r["value"]) > 0 or r["metric"] == "idle share"), r
