@@ -173,7 +173,7 @@ class DeviceForward:
         if not all(group.fits() for group in groups):
             return "weights changed their shapes"
         strays = [p for group in groups for p in group.strays()]
-        reason = _why_shared(model) or why_not_movable([("a weight that got other memory", p) for p in strays])
+        reason = _why_not_read(model) or why_not_movable([("a weight that got other memory", p) for p in strays])
         if not reason:
             for group in groups:
                 group.follow()
@@ -290,13 +290,17 @@ def _why_not_fusable(model: nn.Module) -> str:
                     return f"only some of {', '.join(paths)} have a bias"
                 if lying_together(parameters) is None:
                     moving += [(f"layers.{index}.{path}.{name}", p) for path, p in zip(paths, parameters, strict=True)]
-    return _why_shared(model) or why_not_movable(moving)
+    return _why_not_read(model) or why_not_movable(moving)
 
 
-def _why_shared(model: nn.Module) -> str:
-    """ "" unless a parameter of a layer stands in the model twice."""
+def _why_not_read(model: nn.Module) -> str:
+    """ "" unless a parameter of a layer stands in the model twice, or a norm's weight has gaps."""
     seen: dict[int, str] = {}
+    if not model.model.norm.weight.is_contiguous():
+        return "norm.weight is not contiguous"
     for name, parameter in model.model.layers.named_parameters(remove_duplicate=False):
+        if parameter.dim() == 1 and not parameter.is_contiguous():
+            return f"layers.{name} is not contiguous"
         other = seen.setdefault(id(parameter), name)
         if other != name:
             return f"layers.{name} and layers.{other} are one parameter"

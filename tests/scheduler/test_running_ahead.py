@@ -261,3 +261,19 @@ def test_only_known_tokens_reach_the_tree() -> None:
     assert simulation.cache.stats.num_cached == 1  # what the second step writes is nobody's
     scheduler.update(outputs[1], {})
     simulation.cache.check_idle()
+
+
+def test_a_chunk_in_flight_counts_nothing_for_the_next_admission() -> None:
+    simulation = LateSimulation(EngineConfig(page_size=4, max_prefill_chunk=4), 20, random.Random(0))
+    scheduler, request = simulation.scheduler, simulation.add([1, 2, 3, 4, 5, 6, 7, 8, 9], 3, False)
+    first = scheduler.schedule()
+    scheduler.launched(first)
+    scheduler._retract(request, None)
+    second = scheduler.schedule()  # on other pages
+    scheduler.launched(second)
+    assert [o.requests[0].start for o in (first, second)] == [0, 0]
+    scheduler.update(first, {})
+    assert (request.num_computed_tokens, request.num_launched_tokens) == (0, 4)
+    scheduler.update(second, {})
+    assert request.num_computed_tokens == 4
+    scheduler.check_integrity()

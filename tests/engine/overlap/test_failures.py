@@ -99,20 +99,23 @@ def test_an_interrupt_in_flight(engine, model, kind):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_launch_that_breaks(engine, model, monkeypatch, error, after):
-    """With a step in flight; before or after its own work was queued."""
+@pytest.mark.parametrize("when", ["build", "before", "after"])
+def test_a_launch_that_breaks(make_engine, monkeypatch, assert_idle, error, when):
+    """With a step in flight: before the page table took its changes, before and after its own work was queued."""
+    engine = make_engine(page_size=1, num_pages=256)  # each step changes the page table
     executor, count = engine.core.executor, []
-    launch = executor.launch
+    part = "build" if when == "build" else "launch"
+    original = getattr(executor, part)
 
-    def breaks(batch: Any, requests: Any) -> Any:
-        count.append(len(requests))
-        pending = launch(batch, requests) if after or len(count) != 5 else None
-        if len(count) == 5:
+    def breaks(*args: Any) -> Any:
+        count.append(engine.core._overlapped.in_flight)
+        broken = len(count) == 5
+        result = original(*args) if when == "after" or not broken else None
+        if broken:
             raise error
-        return pending
+        return result
 
-    monkeypatch.setattr(executor, "launch", breaks)
+    monkeypatch.setattr(executor, part, breaks)
     requests = [engine.add_request(prompt, greedy(20, frequency_penalty=1.0)) for prompt in PROMPTS]
     raised = 0
     while engine.core.scheduler.has_work or engine.core._overlapped.in_flight:
@@ -120,13 +123,14 @@ def test_a_launch_that_breaks(engine, model, monkeypatch, error, after):
             engine.core.step()
         except KeyboardInterrupt:
             raised += 1
-    assert raised == (error is KeyboardInterrupt) and len(count) > 10
+    assert raised == (error is KeyboardInterrupt) and len(count) > 10 and count[4]
     outputs = [engine.result(i).outputs[0].token_ids for i in requests]
     monkeypatch.undo()
     with monkeypatch.context() as patch:
         patch.setattr(executor, "overlaps", False)
         expected = [o.outputs[0].token_ids for o in engine.generate(PROMPTS, greedy(20, frequency_penalty=1.0))]
     assert outputs == expected
+    assert_idle(engine)
 
 
 def test_copies_that_fail_with_a_step_in_flight(make_engine, model, monkeypatch, assert_idle):
