@@ -39,6 +39,7 @@ class SamplingParams:
         json_schema: the output is JSON that a schema allows: a dict, JSON text, pydantic model, dataclass, TypedDict or type.
         choice: the output is one of these texts.
         json_object: the output is any JSON object.
+        jump_forward: guess the text that a constraint forces, and verify the guesses in one step: fewer steps, the same answers.
 
     Raises:
         ValueError: for a value out of range, with the allowed range.
@@ -66,6 +67,7 @@ class SamplingParams:
     json_schema: Any = None
     choice: Sequence[str] | None = None
     json_object: bool = False
+    jump_forward: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -115,6 +117,12 @@ class SamplingParams:
     def num_constraints(self) -> int:
         """How many of `regex`, `json_schema`, `choice` and `json_object` are given."""
         return sum(v is not None for v in (self.regex, self.json_schema, self.choice)) + bool(self.json_object)
+
+    @functools.cached_property
+    def may_jump(self) -> bool:
+        """Whether tokens may be guessed: a constrained row's, whose own tokens change its logits in no other way."""
+        penalised = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return self.jump_forward and self.constrained and not penalised and not self.logits_processors
 
     @property
     def greedy(self) -> bool:

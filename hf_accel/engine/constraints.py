@@ -16,6 +16,7 @@ from hf_accel.engine.upload import upload
 from hf_accel.sampling_params import SamplingParams
 from hf_accel.structured.compiler import ConstraintCompiler, cache_folder
 from hf_accel.structured.constraint import Constraint
+from hf_accel.structured.jump_forward import MIN_GAIN, GrammarMatcher, TokenPredictor
 from hf_accel.structured.mask_table import FREE, MaskTable, mask_and_keep_alive
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import TokenFsm
@@ -26,21 +27,46 @@ if TYPE_CHECKING:
 
 
 class RowConstraint:
-    """One request's automaton and where its output stands."""
+    """One request's automaton and where its output stands: on the device, and on the host as far as its tokens are known.
 
-    def __init__(self, fsm: TokenFsm, table: MaskTable) -> None:
-        self.fsm, self.table = fsm, table
-        self._start = table.start(fsm)
+    It is the request's `Drafter`, too.
+    """
+
+    def __init__(self, predictor: TokenPredictor, table: MaskTable, num_prompt_tokens: int) -> None:
+        self.fsm, self.table = predictor.fsm, table
+        self._predictor, self._first = predictor, num_prompt_tokens
+        self._matcher = GrammarMatcher(self.fsm)
+        table.start(self.fsm)
         self._state: Tensor | None = None  # [1] int64
         self._num_tokens = -1  # of the output, that `_state` has seen
+
+    def draft(self, token_ids: Sequence[int], limit: int) -> tuple[int, ...]:
+        """See `Drafter`."""
+        state = self._matcher.follow(token_ids, self._first, self._predictor)
+        return tuple(token_id for token_id, _, _ in self._predictor.propose(*state, limit))
+
+    def waits(self, token_ids: Sequence[int]) -> bool:
+        """See `Drafter`."""
+        return len(self.draft(token_ids, 1 + MIN_GAIN)) > MIN_GAIN
+
+    def after(self, token_ids: Sequence[int], draft: Sequence[int]) -> list[GuessedState]:
+        """The states after the first, the first two, ... of some guesses that follow known tokens."""
+        state, count = self._matcher.follow(token_ids, self._first, self._predictor)
+        states = []
+        for token_id in draft:
+            state, count = self.fsm.advance(state, token_id, count)
+            states.append(self.table.global_state(self.fsm, state, count))
+        on_device = upload(states, torch.long, self.table.device)
+        return [GuessedState(self.table, on_device[i : i + 1]) for i in range(len(states))]
 
     def state(self, row: SamplingRow, length: int) -> Tensor:
         """[1] int64: the state before the token that follows `length` tokens."""
         num_tokens = length - row.num_prompt_tokens
         if self._state is None or num_tokens != self._num_tokens:
-            output = row.token_ids[row.num_prompt_tokens : length]
-            assert len(output) == num_tokens, "a token that is not known yet has advanced the state already"
-            state = self.table.state_after(self.fsm, output)
+            assert len(row.token_ids) == length, "a token that is not known yet has advanced the state already"
+            state = self.table.global_state(
+                self.fsm, *self._matcher.follow(row.token_ids, self._first, self._predictor)
+            )
             self._state, self._num_tokens = upload([state], torch.long, self.table.device), num_tokens
         return self._state
 
@@ -50,10 +76,24 @@ class RowConstraint:
         self._num_tokens += 1
 
 
+class GuessedState:
+    """Where an output stands if some guessed tokens hold; in a `RowConstraint`'s place for the token after them."""
+
+    def __init__(self, table: MaskTable, state: Tensor) -> None:
+        self.table, self._state = table, state
+
+    def state(self, row: SamplingRow, length: int) -> Tensor:
+        """[1] int64."""
+        return self._state
+
+    def advance(self, state: Tensor) -> None:
+        """Nothing: whether the guesses hold is not known here."""
+
+
 class ConstrainedRows:
     """Those of a batch. All share one table."""
 
-    def __init__(self, indices: list[int], constraints: list[RowConstraint], states: Tensor) -> None:
+    def __init__(self, indices: list[int], constraints: list[RowConstraint | GuessedState], states: Tensor) -> None:
         self._indices, self._constraints = indices, constraints
         self._states = states  # [num_rows], FREE for rows without a constraint
         self._table = constraints[0].table
@@ -98,6 +138,7 @@ class EngineConstraints:
         self._eos, self._device = tuple(sorted(eos_token_ids)), device
         self._compiler: ConstraintCompiler | None = None
         self._table: MaskTable | None = None
+        self._predictors: dict[TokenFsm, TokenPredictor] = {}
 
     def compile(self, params: SamplingParams) -> TokenFsm | None:
         """The automaton that `params` ask for, compiled now, in the caller's thread; None without a constraint.
@@ -117,11 +158,15 @@ class EngineConstraints:
             self._compiler = ConstraintCompiler(vocabulary, cache_folder())
         return self._compiler.compile(constraint)
 
-    def open(self, fsm: TokenFsm) -> RowConstraint:
-        """A row at the start of an automaton. Called under the engine's lock."""
+    def open(self, fsm: TokenFsm, num_prompt_tokens: int) -> RowConstraint:
+        """A row at the start of an automaton, behind its prompt. Called under the engine's lock."""
+        assert self._compiler is not None, "nothing was compiled"
         if self._table is None:
             self._table = MaskTable(self._vocab_size, self._eos, self._device)
-        return RowConstraint(fsm, self._table)
+        predictor = self._predictors.get(fsm)
+        if predictor is None:
+            predictor = self._predictors[fsm] = TokenPredictor(fsm, self._compiler.vocabulary)
+        return RowConstraint(predictor, self._table, num_prompt_tokens)
 
 
 def constraint_of(params: SamplingParams) -> Constraint | None:

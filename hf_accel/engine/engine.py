@@ -120,6 +120,7 @@ class Engine(EngineHost):
         seed = params.seed + index if params.seed is not None else int(torch.randint(1 << 62, ()))
         limit = self.core.executor.runner.spec.max_positions
         most = limit if params.max_tokens is None else min(limit, len(token_ids) + params.max_tokens)
+        constraint = None if fsm is None else self._constraints.open(fsm, len(token_ids))
         return Request(
             request_id=request_id,
             token_ids=list(token_ids),
@@ -132,7 +133,8 @@ class Engine(EngineHost):
             priority=priority,
             external_sampling=params.max_tokens == 0,
             logits_from=0 if params.prompt_logprobs is not None and index == 0 else None,
-            constraint=None if fsm is None else self._constraints.open(fsm),
+            constraint=constraint,
+            drafter=constraint if params.may_jump else None,
         )
 
     def generate(
