@@ -40,6 +40,9 @@ class SamplingParams:
         choice: the output is one of these texts.
         json_object: the output is any JSON object.
         jump_forward: guess the text that a constraint forces, and verify the guesses in one step: fewer steps, the same answers.
+        close_within_budget: the constraint is satisfied within `max_tokens`, eos included: near the end only tokens are
+            allowed after which the shortest rest fits. Refused where not even the shortest output does. Without it an
+            output that is cut off is known by its finish_reason "length".
 
     Raises:
         ValueError: for a value out of range, with the allowed range.
@@ -68,6 +71,7 @@ class SamplingParams:
     choice: Sequence[str] | None = None
     json_object: bool = False
     jump_forward: bool = True
+    close_within_budget: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -100,6 +104,8 @@ class SamplingParams:
         _check(all(self.stop), "stop", self.stop, "non-empty strings")
         if self.num_constraints > 1:
             raise ValueError("give only one of regex, json_schema, choice and json_object")
+        if self.close_within_budget and not self.constrained:
+            raise ValueError("close_within_budget needs a constraint: regex, json_schema, choice or json_object")
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or more, or None")
         _check(
             self.prompt_logprobs is None or self.prompt_logprobs >= 0,

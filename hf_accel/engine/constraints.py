@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_accel.engine.closing_rows import Budget, ClosingRows
 from hf_accel.engine.upload import upload
 from hf_accel.sampling_params import SamplingParams
+from hf_accel.structured.closing import Closing, check_budget
 from hf_accel.structured.compiler import ConstraintCompiler, cache_folder
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.jump_forward import MIN_GAIN, GrammarMatcher, TokenPredictor
@@ -27,13 +29,16 @@ if TYPE_CHECKING:
 
 
 class RowConstraint:
-    """One request's automaton and where its output stands: on the device, and on the host as far as its tokens are known.
+    """One request's automaton and where its output stands: on the device, and on the host as far as its tokens are known; and
+    where it must have ended.
 
     It is the request's `Drafter`, too.
     """
 
-    def __init__(self, predictor: TokenPredictor, table: MaskTable, num_prompt_tokens: int) -> None:
-        self.fsm, self.table = predictor.fsm, table
+    def __init__(
+        self, predictor: TokenPredictor, table: MaskTable, num_prompt_tokens: int, budget: Budget | None = None
+    ) -> None:
+        self.fsm, self.table, self.budget = predictor.fsm, table, budget
         self._predictor, self._first = predictor, num_prompt_tokens
         self._matcher = GrammarMatcher(self.fsm)
         table.start(self.fsm)
@@ -57,7 +62,7 @@ class RowConstraint:
             state, count = self.fsm.advance(state, token_id, count)
             states.append(self.table.global_state(self.fsm, state, count))
         on_device = upload(states, torch.long, self.table.device)
-        return [GuessedState(self.table, on_device[i : i + 1]) for i in range(len(states))]
+        return [GuessedState(self.table, on_device[i : i + 1], self.budget) for i in range(len(states))]
 
     def state(self, row: SamplingRow, length: int) -> Tensor:
         """[1] int64: the state before the token that follows `length` tokens."""
@@ -79,8 +84,8 @@ class RowConstraint:
 class GuessedState:
     """Where an output stands if some guessed tokens hold; in a `RowConstraint`'s place for the token after them."""
 
-    def __init__(self, table: MaskTable, state: Tensor) -> None:
-        self.table, self._state = table, state
+    def __init__(self, table: MaskTable, state: Tensor, budget: Budget | None) -> None:
+        self.table, self._state, self.budget = table, state, budget
 
     def state(self, row: SamplingRow, length: int) -> Tensor:
         """[1] int64."""
@@ -93,8 +98,14 @@ class GuessedState:
 class ConstrainedRows:
     """Those of a batch. All share one table."""
 
-    def __init__(self, indices: list[int], constraints: list[RowConstraint | GuessedState], states: Tensor) -> None:
-        self._indices, self._constraints = indices, constraints
+    def __init__(
+        self,
+        indices: list[int],
+        constraints: list[RowConstraint | GuessedState],
+        states: Tensor,
+        closing: ClosingRows | None = None,
+    ) -> None:
+        self._indices, self._constraints, self._closing = indices, constraints, closing
         self._states = states  # [num_rows], FREE for rows without a constraint
         self._table = constraints[0].table
 
@@ -105,16 +116,22 @@ class ConstrainedRows:
         if not found:
             return None
         free = torch.full((1,), FREE, dtype=torch.long, device=device)
-        states = [
-            free if r.constraint is None else r.constraint.state(r, n) for r, n in zip(rows, lengths, strict=True)
-        ]
-        return cls([i for i, _ in found], [c for _, c in found], torch.cat(states))
+        states = torch.cat(
+            [free if r.constraint is None else r.constraint.state(r, n) for r, n in zip(rows, lengths, strict=True)]
+        )
+        budgets = [None if r.constraint is None else r.constraint.budget for r in rows]
+        closing = ClosingRows.among(budgets, lengths, states)
+        return cls([i for i, _ in found], [c for _, c in found], states, closing)
 
     def masked(self, scores: Tensor, *, may_be_lost: bool) -> Tensor:
         """A copy of `scores` in which only allowed tokens have a chance; where edits had left none of these, each has."""
+        close = None if self._closing is None else self._closing.apply
         if may_be_lost:
-            return mask_and_keep_alive(self._table, scores, self._states)
-        return self._table.masked(scores, self._states)
+            return mask_and_keep_alive(self._table, scores, self._states, close)
+        masked = self._table.masked(scores, self._states)
+        if close is not None:
+            close(masked)
+        return masked
 
     def advance(self, token_ids: Tensor) -> None:
         """Take in the rows' chosen tokens [num_rows]."""
@@ -139,12 +156,14 @@ class EngineConstraints:
         self._compiler: ConstraintCompiler | None = None
         self._table: MaskTable | None = None
         self._predictors: dict[TokenFsm, TokenPredictor] = {}
+        self._closing: dict[TokenFsm, Closing] = {}
 
-    def compile(self, params: SamplingParams) -> TokenFsm | None:
+    def compile(self, params: SamplingParams, max_new_tokens: int) -> TokenFsm | None:
         """The automaton that `params` ask for, compiled now, in the caller's thread; None without a constraint.
 
         Raises:
-            StructureError: the constraint is not supported, or there is no tokenizer or eos to satisfy it with.
+            StructureError: the constraint is not supported, or there is no tokenizer or eos to satisfy it with; or it shall
+                be satisfied within `max_new_tokens`, and that cannot be.
         """
         constraint = constraint_of(params)
         if constraint is None:
@@ -156,17 +175,26 @@ class EngineConstraints:
                 raise StructureError("a constraint needs an end of sequence: set model.generation_config.eos_token_id")
             vocabulary = Vocabulary.of(self._tokenizer, self._vocab_size, self._eos)
             self._compiler = ConstraintCompiler(vocabulary, cache_folder())
-        return self._compiler.compile(constraint)
+        fsm = self._compiler.compile(constraint)
+        if params.close_within_budget:
+            check_budget(fsm, max_new_tokens)
+        return fsm
 
-    def open(self, fsm: TokenFsm, num_prompt_tokens: int) -> RowConstraint:
-        """A row at the start of an automaton, behind its prompt. Called under the engine's lock."""
+    def open(self, fsm: TokenFsm, num_prompt_tokens: int, closes_at: int | None = None) -> RowConstraint:
+        """A row at the start of an automaton, behind its prompt; it ends within `closes_at` tokens, unless that is None. Called
+        under the engine's lock."""
         assert self._compiler is not None, "nothing was compiled"
         if self._table is None:
             self._table = MaskTable(self._vocab_size, self._eos, self._device)
         predictor = self._predictors.get(fsm)
         if predictor is None:
             predictor = self._predictors[fsm] = TokenPredictor(fsm, self._compiler.vocabulary)
-        return RowConstraint(predictor, self._table, num_prompt_tokens)
+        budget = None
+        if closes_at is not None:
+            if fsm not in self._closing:
+                self._closing[fsm] = Closing(fsm, self._table)
+            budget = Budget(self._closing[fsm], closes_at)
+        return RowConstraint(predictor, self._table, num_prompt_tokens, budget)
 
 
 def constraint_of(params: SamplingParams) -> Constraint | None:

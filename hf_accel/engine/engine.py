@@ -91,7 +91,7 @@ class Engine(EngineHost):
     def _queue(
         self, text: str | None, token_ids: list[int], params: SamplingParams, priority: int, namespace: Hashable
     ) -> int:
-        fsm = self._constraints.compile(params)
+        fsm = self._constraints.compile(params, self._max_total(token_ids, params) - len(token_ids))
         with self.core.lock:
             group: OutputGroup | None = None
             for index in range(params.n):
@@ -118,9 +118,9 @@ class Engine(EngineHost):
         fsm: TokenFsm | None,
     ) -> Request:
         seed = params.seed + index if params.seed is not None else int(torch.randint(1 << 62, ()))
-        limit = self.core.executor.runner.spec.max_positions
-        most = limit if params.max_tokens is None else min(limit, len(token_ids) + params.max_tokens)
-        constraint = None if fsm is None else self._constraints.open(fsm, len(token_ids))
+        most = self._max_total(token_ids, params)
+        closes_at = most if params.close_within_budget else None
+        constraint = None if fsm is None else self._constraints.open(fsm, len(token_ids), closes_at)
         return Request(
             request_id=request_id,
             token_ids=list(token_ids),
@@ -136,6 +136,11 @@ class Engine(EngineHost):
             constraint=constraint,
             drafter=constraint if params.may_jump else None,
         )
+
+    def _max_total(self, token_ids: list[int], params: SamplingParams) -> int:
+        """Most tokens that a prompt and an output of it may have together."""
+        limit = self.core.executor.runner.spec.max_positions
+        return limit if params.max_tokens is None else min(limit, len(token_ids) + params.max_tokens)
 
     def generate(
         self,
@@ -165,8 +170,8 @@ class Engine(EngineHost):
             )
         each = [one or SamplingParams() for one in each]
         read = [self._prompts.read(prompt, None, one) for prompt, one in zip(batch, each, strict=True)]
-        for one in each:
-            self._constraints.compile(one)  # what is refused is refused before anything is queued
+        for (_, token_ids), one in zip(read, each, strict=True):  # what is refused is refused before anything is queued
+            self._constraints.compile(one, self._max_total(token_ids, one) - len(token_ids))
         namespace = (self.begin_request(), None)
         ids: list[int] = []
         disable = (len(batch) <= 8 or None) if use_tqdm is None else not use_tqdm  # None: only on a terminal

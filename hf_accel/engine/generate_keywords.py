@@ -9,25 +9,39 @@ from hf_accel.sampling_params import SamplingParams
 from hf_accel.structured.logits_processor import ConstraintLogitsProcessor
 
 CONSTRAINTS = ("regex", "json_schema", "choice", "json_object")
+OURS = (*CONSTRAINTS, "close_within_budget")
 
 
 def with_constraint(model: Any, keywords: dict[str, Any]) -> dict[str, Any]:
     """`generate`'s keywords, with a constraint among them turned into a logits processor that comes after the others.
 
     Raises:
-        ValueError: there is more than one constraint, no tokenizer, or the constraint is not supported.
+        ValueError: there is more than one constraint, no tokenizer, or the constraint is not supported, or cannot be
+            satisfied within the budget.
     """
-    asked = {name: keywords[name] for name in CONSTRAINTS if name in keywords}
+    asked = {name: keywords[name] for name in OURS if name in keywords}
     if not asked:
         return keywords
-    constraint = constraint_of(SamplingParams(**asked))
-    rest = {name: value for name, value in keywords.items() if name not in CONSTRAINTS}
+    params = SamplingParams(**asked)
+    constraint = constraint_of(params)
+    rest = {name: value for name, value in keywords.items() if name not in OURS}
     if constraint is None:
         return rest
     if rest.get("tokenizer") is None:
         raise ValueError(f"{next(iter(asked))}= needs the tokenizer: model.generate(..., tokenizer=tokenizer)")
-    processor = ConstraintLogitsProcessor(constraint, rest["tokenizer"], _eos_ids(model, rest))
+    budget = _budget(model, rest) if params.close_within_budget else {}
+    processor = ConstraintLogitsProcessor(constraint, rest["tokenizer"], _eos_ids(model, rest), **budget)
     return {**rest, "logits_processor": [*(rest.get("logits_processor") or ()), processor]}
+
+
+def _budget(model: Any, keywords: dict[str, Any]) -> dict[str, int]:
+    """`max_new_tokens`, or else `max_length`, as HF finds them."""
+    for name in ("max_new_tokens", "max_length"):
+        for source in (keywords, keywords.get("generation_config"), model.generation_config):
+            value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+            if value is not None:
+                return {name: value}
+    raise ValueError("close_within_budget needs a budget: model.generate(..., max_new_tokens=n)")
 
 
 def _eos_ids(model: Any, keywords: dict[str, Any]) -> list[int]:

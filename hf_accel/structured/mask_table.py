@@ -6,6 +6,8 @@ only; nothing goes through the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,6 +62,11 @@ class MaskTable:
         """What a row's state is here, given in the automaton's own terms."""
         return DONE if state <= DONE else self.start(fsm) - fsm.start + state + (count << _COUNT_SHIFT)
 
+    def within(self, fsm: TokenFsm, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(state of the automaton, count) of rows that are in it, [num_rows] int64 each."""
+        first = self.start(fsm) - fsm.start
+        return ((states & _STATE_BITS) - first).clamp(min=DONE), states >> _COUNT_SHIFT
+
     def apply(self, logits: Tensor, states: Tensor) -> None:
         """Forbid, in place, what the rows' states do not allow; logits [num_rows, vocab_size], states [num_rows] int64."""
         apply_token_bitmask(logits, self.masks, self._mask_rows(states))
@@ -108,10 +115,22 @@ class MaskTable:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
-def mask_and_keep_alive(table: MaskTable, scores: Tensor, states: Tensor) -> Tensor:
-    """`table.masked`; a row that others had left none of its allowed tokens gets them all alike: the constraint wins."""
-    masked = table.masked(scores, states)
+def mask_and_keep_alive(
+    table: MaskTable, scores: Tensor, states: Tensor, close: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """`table.masked`; a row that others had left none of its allowed tokens gets them all alike: the constraint wins.
+
+    `close` forbids more, in place.
+    """
+
+    def allowed(values: Tensor) -> Tensor:
+        masked = table.masked(values, states)
+        if close is not None:
+            close(masked)
+        return masked
+
+    masked = allowed(scores)
     lost = (masked.amax(dim=-1, keepdim=True) == -torch.inf) & (states >= 0)[:, None]
     if scores.device.type == "cuda" or bool(lost.any()):
-        masked = torch.where(lost, table.masked(torch.zeros_like(scores), states), masked)
+        masked = torch.where(lost, allowed(torch.zeros_like(scores)), masked)
     return masked

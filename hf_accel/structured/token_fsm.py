@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from hf_accel.structured.automaton import ByteDfa
+from hf_accel.structured.distance import Distances, find_distances
 from hf_accel.structured.nfa import DEAD
 from hf_accel.structured.syntax import Counter, CounterConflict, StructureError
 from hf_accel.structured.token_walk import NEVER, Moves, walk_tokens
@@ -53,6 +55,11 @@ class TokenFsm:
     @property
     def num_bytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in self.__dataclass_fields__)
+
+    @cached_property
+    def distances(self) -> Distances:
+        """To the end, from each state and count."""
+        return find_distances(self)
 
     @property
     def is_consistent(self) -> bool:
