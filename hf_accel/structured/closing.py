@@ -14,7 +14,7 @@ from hf_accel.structured.nfa import DEAD
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import TokenFsm
 
-_CHUNK = 1 << 22  # logits that are worked on at once
+_CHUNK = 1 << 20  # logits that are worked on at once
 
 
 class Closing:
@@ -50,10 +50,12 @@ class Closing:
         step = max(_CHUNK // logits.shape[1], 1)
         for start in range(0, logits.shape[0], step):
             part = slice(start, start + step)
-            fits = self._fits(states[part], remaining[part])
-            logits[part, : len(classes)].masked_fill_(~fits.index_select(1, classes), -torch.inf)
+            too_far = self._too_far(states[part], remaining[part])
+            if logits.device.type == "cpu" and not bool(too_far.any()):
+                continue
+            logits[part, : len(classes)].masked_fill_(too_far.index_select(1, classes), -torch.inf)
 
-    def _fits(self, states: Tensor, remaining: Tensor) -> Tensor:
+    def _too_far(self, states: Tensor, remaining: Tensor) -> Tensor:
         """[num_rows, num_classes] bool."""
         state, count = self._arena.within(self._fsm, states)
         target, counts = self._table[state], self._counts[state]
@@ -61,7 +63,7 @@ class Closing:
         # A token that is allowed nowhere has no target: what this finds for it is of no account.
         distance = self._at(target.clamp(min=0), after)
         most = torch.maximum(remaining, self._at(state, count)).clamp(min=1) - 1
-        return (distance <= most[:, None]) & (target != DEAD)
+        return (distance > most[:, None]) & (target != DEAD)
 
     def _at(self, state: Tensor, count: Tensor) -> Tensor:
         base, low, high, high_span = self._of_state[state].unbind(-1)
