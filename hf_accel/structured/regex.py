@@ -23,6 +23,7 @@ _ECMA_SPACE = CharSet.of_chars("\t\n\v\f\r \u00a0\u1680\u2028\u2029\u202f\u205f\
 
 _STARTS = ("AT_BEGINNING", "AT_BEGINNING_STRING")
 _ENDS = ("AT_END", "AT_END_STRING")
+_TYPE_FLAGS = re.ASCII | re.LOCALE | re.UNICODE
 _CATEGORY_PATTERNS = {
     "CATEGORY_DIGIT": r"\d",
     "CATEGORY_NOT_DIGIT": r"\D",
@@ -133,7 +134,8 @@ class _Translator:
             return Alt(tuple(self.sequence(part, flags, at_start, at_end) for part in value[1]))
         if op == "SUBPATTERN":
             _, added, removed, part = value
-            return self.sequence(part, (flags | added) & ~removed, at_start, at_end)
+            kept = flags & ~_TYPE_FLAGS if added & _TYPE_FLAGS else flags  # (?a:...) and (?u:...) undo each other
+            return self.sequence(part, (kept | added) & ~removed, at_start, at_end)
         if op in ("MAX_REPEAT", "MIN_REPEAT"):
             low, high, part = value
             once = high == 1

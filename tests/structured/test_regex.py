@@ -36,6 +36,8 @@ PATTERNS = [
     r"",
     r"[^a]",
     r"(?i)[^k]",
+    r"(?a:\w(?i:ß|k)(?u:\w)?)\w?",
+    r"(?ai)(?u:k|\w\d)[k-s]?",
 ]
 ATOMS = st.sampled_from(["a", "b", ".", "[ab]", "[^a]", r"\d", r"\w", r"\s", "é", r"\.", "[0-1_]", "(?i:k)"])
 
