@@ -1,7 +1,7 @@
 """Constraints as logits processors for plain `model.generate(..., logits_processor=[...])`.
 
-A row's state is found again from its token ids: by a hash of all tokens but the last among those of earlier steps. So rows may
-be permuted (beams), repeated, or come with lengths that jump (assisted decoding), and one object serves any number of calls.
+A row's state is found again from its token ids: all of them but the last are those of a row of an earlier step. So rows may be
+permuted (beams), repeated, or come with lengths that jump (assisted decoding), and one object serves any number of calls.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from hf_accel.structured.closing import Closing, check_budget
 from hf_accel.structured.compiler import ConstraintCompiler, cache_folder
 from hf_accel.structured.constraint import WHITESPACE, Constraint
 from hf_accel.structured.mask_table import DONE, MaskTable, mask_and_keep_alive
+from hf_accel.structured.row_memory import RowMemory, row_hashes
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.vocabulary import Vocabulary
-
-_HISTORY = 64  # steps whose rows are remembered
-_MULTIPLIER = -7046029254386353131  # odd, as int64
 
 
 class ConstraintLogitsProcessor:
@@ -60,7 +58,7 @@ class ConstraintLogitsProcessor:
         self._vocabulary = vocabulary
         self._tables: dict[torch.device, MaskTable] = {}
         self._closing: dict[torch.device, list[Closing]] = {}
-        self._memory: _Memory | None = None
+        self._memory: RowMemory | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Masked scores [num_rows, vocab_size] for rows of token ids [num_rows, length].
@@ -70,6 +68,7 @@ class ConstraintLogitsProcessor:
         Raises:
             ValueError: the rows cannot be shared out among the constraints, or `max_length` leaves too few tokens.
         """
+        scores = scores if scores.stride(-1) == 1 else scores.contiguous()
         table = self._table(scores.device)
         starts = self._starts(table, input_ids.shape[0])
         states, generated, most = self._states(table, input_ids, starts)
@@ -77,17 +76,18 @@ class ConstraintLogitsProcessor:
 
     def _states(self, table: MaskTable, input_ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, int]:
         """States and numbers of generated tokens of the rows, [num_rows] each, and the most that any can have generated."""
-        ids = input_ids.long()
-        before = _hash(ids[:, :-1])
+        ids, length = input_ids.long(), input_ids.shape[1]
         if self._memory is None or self._memory.device != ids.device:
-            self._memory = _Memory(ids.device)
-        found, known, generated = self._memory.find(before)
+            self._memory = RowMemory(ids.device)
+        most = self._memory.most_generated(length)
+        found, known, generated = self._memory.find(row_hashes(ids[:, :-1], starts), length - 1)
         states = torch.where(found, table.advance(known, ids[:, -1]), starts)
         generated = torch.where(found, generated + 1, 0)
         # A call ends when all its rows are done: rows that go on from there are the prompts of another.
         over = (states == DONE).all()
         states, generated = torch.where(over, starts, states), torch.where(over, 0, generated)
-        return states, generated, self._memory.add(_hash(ids), states, generated, ids.shape[1])
+        self._memory.add(row_hashes(ids, starts), length, states, generated)
+        return states, generated, most
 
     def _close(
         self, table: MaskTable, input_ids: Tensor, states: Tensor, generated: Tensor, most: int
@@ -158,40 +158,3 @@ class ChoiceLogitsProcessor(ConstraintLogitsProcessor):
 
     def __init__(self, choices: Any, tokenizer: Any, **options: Any) -> None:
         super().__init__(Constraint.choice(choices), tokenizer, **options)
-
-
-class _Memory:
-    """Hashes of the rows of the last steps, their states and how much they have generated. On the device; nothing is read back."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._steps: list[tuple[Tensor, Tensor]] = []  # [num_rows] hashes, [num_rows, (state, generated)]
-        self._most: list[tuple[int, int]] = []  # of each step: length of its rows, most that any can have generated
-
-    def find(self, hashes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(found [num_rows] bool, state [num_rows], generated [num_rows]) of each hash, the latest of equal ones."""
-        if not self._steps:
-            zeros = torch.zeros_like(hashes)
-            return zeros.bool(), zeros, zeros
-        known = torch.cat([h for h, _ in reversed(self._steps)])
-        values = torch.cat([v for _, v in reversed(self._steps)])
-        equal = hashes[:, None] == known[None]
-        return equal.any(dim=1), *values[equal.to(torch.uint8).argmax(dim=1)].unbind(1)
-
-    def add(self, hashes: Tensor, states: Tensor, generated: Tensor, length: int) -> int:
-        """Remember a step of rows of `length` tokens; returns the most that any of them can have generated."""
-        most = max((1 + m for n, m in self._most if n == length - 1), default=0)
-        self._steps.append((hashes, torch.stack([states, generated], dim=1)))
-        self._most.append((length, most))
-        del self._steps[:-_HISTORY], self._most[:-_HISTORY]
-        return most
-
-
-def _hash(ids: Tensor) -> Tensor:
-    """[num_rows] int64 of rows of ids [num_rows, length]: a polynomial in wrapping arithmetic of mixed ids."""
-    mixed = (ids + 1) * _MULTIPLIER
-    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
-    positions = torch.arange(ids.shape[1], device=ids.device)
-    weights = ((positions + 1) * -7723592293110705685) | 1
-    weights = (weights ^ (weights >> 31)) * _MULTIPLIER | 1
-    return (mixed * weights).sum(dim=1) + ids.shape[1]

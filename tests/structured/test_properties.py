@@ -176,7 +176,7 @@ def test_c2_masks_equal_brute_force(seed):
     vocabulary, pattern = random_vocabulary(rng, every_byte=True), random_pattern(rng)
     dfa = compiled(pattern)
     fsm = compile_fsm(dfa, vocabulary)
-    judge = regex.compile(pattern)
+    judge = regex.compile(re.sub(r"([*+?}])\?", r"\1", pattern))  # partial matches go wrong behind lazy repetitions
     for _ in range(4):
         state, count, made = random_way(fsm, vocabulary, rng, most=4)
         allowed = set(fsm.allowed(state, count).tolist())
