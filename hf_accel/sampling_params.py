@@ -25,7 +25,7 @@ class SamplingParams:
         repetition_penalty: as HF's, over prompt and output; 1 is off.
         presence_penalty, frequency_penalty: as OpenAI's, over the output; 0 is off.
         max_tokens: most tokens to generate; None: up to the model's longest position.
-        min_tokens: eos and stop tokens are not allowed before so many tokens.
+        min_tokens: eos and stop tokens are not allowed before so many tokens; a constraint that allows nothing else wins.
         stop: strings that end the text; they are cut from it. Needs a tokenizer.
         stop_token_ids: token ids that end the request, besides eos.
         ignore_eos: go on after eos.

@@ -75,7 +75,10 @@ class RequestQueue:
         if request.external_sampling:
             return
         may_stop = request.num_output_tokens >= params.min_tokens
-        if may_stop and (token_id in request.eos_token_ids or token_id in params.stop_token_ids):
+        ended = token_id in request.eos_token_ids and (
+            may_stop or params.constrained
+        )  # nothing may follow a whole text
+        if ended or (may_stop and token_id in params.stop_token_ids):
             self.finish(request, RequestStatus.FINISHED, "stop")
         elif request.num_tokens >= request.max_total_tokens:
             self.finish(request, RequestStatus.FINISHED, "length")

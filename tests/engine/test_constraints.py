@@ -140,7 +140,8 @@ def test_a_constraint_that_the_model_satisfies_anyway_changes_nothing(model, tok
 def test_the_constraint_wins_over_min_tokens(model, tokenizer):
     engine = Engine(model, tokenizer, **CONFIG)
     one = SamplingParams(choice=["yes", "no"], temperature=0, min_tokens=12, max_tokens=20)
-    assert engine.generate([[9, 8]], one)[0].outputs[0].text in ("yes", "no")
+    completion = engine.generate([[9, 8]], one)[0].outputs[0]
+    assert completion.text in ("yes", "no") and completion.token_ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_streaming_and_aborting(model, tokenizer):
