@@ -71,8 +71,13 @@ class Closing:
         return self._values[base + near_low + torch.minimum((count - high).clamp(min=0), high_span)]
 
 
-def check_budget(fsm: TokenFsm, max_new_tokens: int) -> None:
+def check_budget(fsm: object, max_new_tokens: int) -> None:
     """Raise StructureError if no text of the automaton ends within so many tokens, the end of sequence included."""
+    if not isinstance(fsm, TokenFsm):
+        raise StructureError(
+            "only constraints of a finite automaton can be closed within a budget, no grammars and no recursive schemas: go "
+            "without close_within_budget"
+        )
     needed = fsm.distances.needed
     if needed > max_new_tokens:
         raise StructureError(

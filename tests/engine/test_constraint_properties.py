@@ -134,8 +134,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 EDITS = [
     {"min_tokens": 30},
     {"ignore_eos": True},
-    {"logit_bias": {i: -1e9 for i in range(420)}},
-    {"logit_bias": {i: -math.inf for i in range(420)}},
+    {"logit_bias": dict.fromkeys(range(420), -1000000000.0)},
+    {"logit_bias": dict.fromkeys(range(420), -math.inf)},
     {"logit_bias": {0: 1e9, 2: 1e9}},
     {"repetition_penalty": 50.0, "presence_penalty": 9.0, "frequency_penalty": 9.0},
     {"top_k": 1},
