@@ -67,7 +67,7 @@ def random_way(fsm: TokenFsm, vocabulary: Vocabulary, rng: random.Random, most: 
 
 
 @given(SEEDS)
-@quiet(30)
+@quiet(12)
 def test_s1_whatever_is_chosen_matches_when_it_ends(vocabulary, seed):
     """Random choices to the end, closed by the shortest way: strictly decoded from bytes, by `re.fullmatch`."""
     rng = random.Random(seed)
@@ -85,7 +85,7 @@ def test_s1_whatever_is_chosen_matches_when_it_ends(vocabulary, seed):
 
 
 @given(SEEDS)
-@quiet(40)
+@quiet(25)
 def test_s3_an_end_is_allowed_where_the_text_matches_and_no_special_token_anywhere(vocabulary, seed):
     rng = random.Random(seed)
     pattern = random_pattern(rng)
@@ -139,7 +139,7 @@ def by_bytes(vocabulary: Vocabulary) -> dict[bytes, list[int]]:
 
 @pytest.mark.parametrize("make", [byte_level_tokenizer, sentencepiece_tokenizer])
 @given(SEEDS)
-@quiet(25)
+@quiet(12)
 def test_c1_every_segmentation_of_a_match_is_accepted(make, seed):
     tokenizer, rng = _kept(make), random.Random(seed)
     vocabulary = Vocabulary.of(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
@@ -169,7 +169,7 @@ def _kept(make):
 
 
 @given(SEEDS)
-@quiet(40)
+@quiet(25)
 def test_c2_masks_equal_brute_force(seed):
     """Over whole characters `regex`'s partial matching is the judge; over parts of them, the byte automaton."""
     rng = random.Random(seed)
@@ -230,7 +230,7 @@ def test_c3_characters_may_be_split_over_tokens_and_only_there(make):
 
 
 @given(SEEDS)
-@quiet(40)
+@quiet(25)
 def test_l1_every_state_that_is_reached_has_a_way_to_the_end(seed):
     """Also where the vocabulary has no token for some bytes: dead ends are pruned, and no more than these."""
     rng = random.Random(seed)
