@@ -259,3 +259,17 @@ def test_pipeline_closes_within_its_budget(model, tokenizer):
     options = {"max_new_tokens": 15, "do_sample": True, "temperature": 3.0, "return_full_text": False}
     answers = pipe(["def f(", "class"], json_schema=SCHEMA, close_within_budget=True, **options)
     assert all(len(json.loads(a[0]["generated_text"])["s"]) >= 4 for a in answers)
+
+
+def test_nothing_waits_for_the_device(vocabulary):
+    """On a device whose values nobody can read."""
+    fsm = compile_fsm(compile_json_schema(COUNTED[0]), vocabulary)
+    table = MaskTable(vocabulary.size, EOS, torch.device("cpu"))
+    closing = Closing(fsm, table)
+    for name, value in vars(closing).items():
+        if isinstance(value, torch.Tensor):
+            setattr(closing, name, value.to("meta"))
+    states = torch.empty(7, dtype=torch.long, device="meta")
+    closing.apply(torch.empty(7, vocabulary.size, device="meta"), states, states)
+    with pytest.raises(RuntimeError, match="meta"):
+        bool((states > 0).any())

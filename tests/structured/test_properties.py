@@ -85,7 +85,7 @@ def test_s1_whatever_is_chosen_matches_when_it_ends(vocabulary, seed):
 
 
 @given(SEEDS)
-@quiet(25)
+@quiet(14)
 def test_s3_an_end_is_allowed_where_the_text_matches_and_no_special_token_anywhere(vocabulary, seed):
     rng = random.Random(seed)
     pattern = random_pattern(rng)
@@ -169,7 +169,7 @@ def _kept(make):
 
 
 @given(SEEDS)
-@quiet(25)
+@quiet(14)
 def test_c2_masks_equal_brute_force(seed):
     """Over whole characters `regex`'s partial matching is the judge; over parts of them, the byte automaton."""
     rng = random.Random(seed)
@@ -230,7 +230,7 @@ def test_c3_characters_may_be_split_over_tokens_and_only_there(make):
 
 
 @given(SEEDS)
-@quiet(25)
+@quiet(14)
 def test_l1_every_state_that_is_reached_has_a_way_to_the_end(seed):
     """Also where the vocabulary has no token for some bytes: dead ends are pruned, and no more than these."""
     rng = random.Random(seed)
@@ -263,7 +263,7 @@ def test_l1_every_state_that_is_reached_has_a_way_to_the_end(seed):
 
 
 @given(SEEDS)
-@quiet(3)
+@quiet(1)
 def test_l2_no_row_of_many_automata_is_left_without_a_token(vocabulary, seed):
     """64 automata in one arena, free rows between them, rows that have ended and go on with anything: each as if alone."""
     rng = random.Random(seed)
