@@ -71,14 +71,9 @@ class RequestQueue:
         """Append a sampled token and end the request if it is its last one."""
         request.token_ids.append(token_id)
         request.awaiting_token = False
-        params = request.params
         if request.external_sampling:
             return
-        may_stop = request.num_output_tokens >= params.min_tokens
-        ended = token_id in request.eos_token_ids and (
-            may_stop or params.constrained
-        )  # nothing may follow a whole text
-        if ended or (may_stop and token_id in params.stop_token_ids):
+        if _ends(request, token_id, request.num_output_tokens):
             self.finish(request, RequestStatus.FINISHED, "stop")
         elif request.num_tokens >= request.max_total_tokens:
             self.finish(request, RequestStatus.FINISHED, "length")
@@ -209,12 +204,19 @@ def computable(request: Request) -> bool:
     return len(request.token_ids) > request.num_launched_tokens and not request.awaiting_token
 
 
+def _ends(request: Request, token_id: int, num_output: int) -> bool:
+    """Whether a token ends the request that has so many output tokens with it."""
+    may_stop = num_output >= request.params.min_tokens
+    if token_id in request.eos_token_ids:
+        return may_stop or request.params.constrained  # nothing may follow a whole text
+    return may_stop and token_id in request.params.stop_token_ids
+
+
 def _until_end(request: Request, token_ids: Sequence[int]) -> list[int]:
     """Those of some new tokens that come before the request ends, and the one that ends it."""
-    params, num_output = request.params, request.num_output_tokens
+    num_output = request.num_output_tokens
     most = request.max_total_tokens - request.num_tokens
     for i, token_id in enumerate(token_ids[:most], 1):
-        ends = token_id in request.eos_token_ids or token_id in params.stop_token_ids
-        if ends and num_output + i >= params.min_tokens:
+        if _ends(request, token_id, num_output + i):
             return list(token_ids[:i])
     return list(token_ids[:most])

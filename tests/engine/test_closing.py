@@ -56,22 +56,23 @@ def expected(tokenizer):
     return model.state_dict(), run(Engine(model, tokenizer, **CONFIG))
 
 
-def params() -> list[SamplingParams]:
+def params(jump_forward: bool = True) -> list[SamplingParams]:
     """Rows that close, rows that are cut, free ones; greedy and sampled, with edits of every kind."""
+    closes = {**CLOSES, "jump_forward": jump_forward}
     edits = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": {5: 2.0}, "logprobs": 1}
     return [
-        SamplingParams(regex=PATTERN, temperature=0, max_tokens=17, **CLOSES),
-        SamplingParams(regex=PATTERN, temperature=5.0, seed=1, n=2, max_tokens=13, **CLOSES),
-        SamplingParams(json_schema=SCHEMA, temperature=2.0, seed=2, max_tokens=20, **edits, **CLOSES),
+        SamplingParams(regex=PATTERN, temperature=0, max_tokens=17, **closes),
+        SamplingParams(regex=PATTERN, temperature=5.0, seed=1, n=2, max_tokens=13, **closes),
+        SamplingParams(json_schema=SCHEMA, temperature=2.0, seed=2, max_tokens=20, **edits, **closes),
         SamplingParams(temperature=0, max_tokens=9),
-        SamplingParams(json_schema=SCHEMA, temperature=4.0, seed=3, top_k=2, max_tokens=19, **CLOSES),
+        SamplingParams(json_schema=SCHEMA, temperature=4.0, seed=3, top_k=2, max_tokens=19, **closes),
         SamplingParams(regex=r"[a-z]{400}", temperature=1.0, seed=4, max_tokens=12),
-        SamplingParams(json_schema=SCHEMA, temperature=0, max_tokens=18, min_tokens=18, ignore_eos=True, **CLOSES),
+        SamplingParams(json_schema=SCHEMA, temperature=0, max_tokens=18, min_tokens=18, ignore_eos=True, **closes),
     ]
 
 
-def run(engine: Engine, order: list[int] | None = None) -> list[list[list[int]]]:
-    wanted = params()
+def run(engine: Engine, order: list[int] | None = None, jump_forward: bool = True) -> list[list[list[int]]]:
+    wanted = params(jump_forward)
     order = list(range(len(wanted))) if order is None else order
     prompts = [[11, 12, 13, 14, 15, 16, 17, 30 + i] for i in range(len(wanted))]
     outputs = engine.generate([prompts[i] for i in order], [wanted[i] for i in order])
@@ -105,6 +106,7 @@ def test_outputs_are_complete_however_the_engine_runs(model, tokenizer, expected
     model.load_state_dict(expected[0])
     engine = Engine(model, tokenizer, **{**CONFIG, **options})
     assert run(engine, order=[6, 2, 0, 5, 1, 4, 3]) == expected[1]
+    assert run(engine, jump_forward=False) == expected[1]
     assert run(engine, order=[4])[0] == expected[1][4]
 
 

@@ -21,6 +21,7 @@ from hf_accel.engine.logits_edits import SamplingRow
 from hf_accel.engine.sampler import Sampler
 from hf_accel.structured.automaton import compile_node
 from hf_accel.structured.json_schema import compile_json_schema
+from hf_accel.structured.jump_forward import TokenPredictor
 from hf_accel.structured.mask_table import MaskTable
 from hf_accel.structured.nfa import DEAD
 from hf_accel.structured.regex import parse_regex
@@ -220,8 +221,11 @@ def test_draws_have_the_distribution_of_the_allowed_tokens(seed):
     spell(fsm.start, (), 1.0)
     assert len(ways) == 7 and sum(ways.values()) == pytest.approx(1)
     num_rows, table, found = 3000, MaskTable(8, (7,), cpu), Counter()
+    predictor = TokenPredictor(fsm, vocabulary)
     rows = [
-        SamplingRow(SamplingParams(regex="a|ab|abc"), [1], 1, seed % 999983 + i, constraint=RowConstraint(fsm, table))
+        SamplingRow(
+            SamplingParams(regex="a|ab|abc"), [1], 1, seed % 999983 + i, constraint=RowConstraint(predictor, table, 1)
+        )
         for i in range(num_rows)
     ]
     while rows:
