@@ -78,6 +78,13 @@ def texts(output: Any, vocabulary: Vocabulary) -> list[tuple[bytes, bool]]:
     return found
 
 
+def closing(engine: Engine, most: int, closes: bool, **options: Any) -> SamplingParams:
+    """So many tokens, or as many as the shortest output takes where it must close."""
+    fsm = engine._constraints.compile(SamplingParams(**options), 0)
+    most = max(most, fsm.distances.needed) if closes else most
+    return SamplingParams(max_tokens=most, close_within_budget=closes, **options)
+
+
 @given(SEEDS)
 @quiet(2)
 def test_s1_outputs_of_random_patterns_match(engine, vocabulary, seed):
@@ -88,7 +95,7 @@ def test_s1_outputs_of_random_patterns_match(engine, vocabulary, seed):
     for i in range(50):
         patterns.append(random_pattern(rng, depth=2))
         wild = {"temperature": 5.0, "n": 2, "seed": i} if i % 2 else {"temperature": 0}
-        params.append(SamplingParams(regex=patterns[-1], max_tokens=24, close_within_budget=i % 3 > 0, **wild))
+        params.append(closing(engine, 24, i % 3 > 0, regex=patterns[-1], **wild))
     prompts = [[rng.randrange(3, 400) for _ in range(rng.randint(1, 6))] for _ in patterns]
     for pattern, one, output in zip(patterns, params, engine.generate(prompts, params), strict=True):
         for made, ended in texts(output, vocabulary):
@@ -107,15 +114,14 @@ def test_s1_outputs_of_random_schemas_validate(engine, vocabulary, several, seed
     kept, params = [], []
     for i, schema in enumerate(several):
         wild = {"temperature": 5.0, "seed": i} if i % 2 else {"temperature": 0}
-        one = SamplingParams(json_schema=schema, max_tokens=60, close_within_budget=True, **wild)
         try:
             compile_json_schema(schema)
         except StructureError:
             with pytest.raises(StructureError):
-                engine.add_request([3], one)
+                engine.add_request([3], SamplingParams(json_schema=schema, max_tokens=400, close_within_budget=True))
             continue
         kept.append(schema)
-        params.append(one)
+        params.append(closing(engine, 40, True, json_schema=schema, **wild))
     if not kept:
         return
     for schema, output in zip(kept, engine.generate([[3 + seed % 300]] * len(kept), params), strict=True):
