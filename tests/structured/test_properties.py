@@ -4,6 +4,7 @@ s: sound, c: complete, l: alive, r: robust. Those of batches and of `generate` a
 
 from __future__ import annotations
 
+import datetime
 import random
 import re
 import threading
@@ -102,6 +103,35 @@ def test_s3_an_end_is_allowed_where_the_text_matches_and_no_special_token_anywhe
         ends = set(vocabulary.eos_token_ids)
         assert allowed & ends == (ends if complete else set()), (pattern, made)
         assert not allowed & nothing
+
+
+@pytest.mark.parametrize("tail", ["-02-29", "-02-28", "-12-31"])
+def test_s1_dates_are_those_of_the_calendar(tail):
+    dfa = Constraint.json_schema({"type": "string", "format": "date"}).compile()
+    for year in (
+        0,
+        1,
+        4,
+        9,
+        10,
+        99,
+        100,
+        400,
+        1000,
+        1900,
+        2000,
+        2024,
+        2100,
+        9996,
+        9999,
+        *random.sample(range(10000), 200),
+    ):
+        text = f"{year:04}{tail}"
+        try:
+            expected = datetime.date.fromisoformat(text) is not None
+        except ValueError:
+            expected = False
+        assert dfa.accepts(f'"{text}"'.encode()) == expected, text
 
 
 # ---- complete --------------------------------------------------------------------------------------------------------
