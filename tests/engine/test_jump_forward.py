@@ -55,11 +55,14 @@ def wanted(jump_forward: bool) -> list[SamplingParams]:
         SamplingParams(regex=PATTERN, temperature=1.0, seed=3, stop_token_ids=[11, 35], **options),
         SamplingParams(json_schema=SCHEMA, temperature=0, repetition_penalty=1.2, **options),
         SamplingParams(temperature=0, max_tokens=20),
+        SamplingParams(
+            json_schema=SCHEMA, temperature=2.0, seed=4, close_within_budget=True, **{**options, "max_tokens": 50}
+        ),
     ]
 
 
 def run(engine: Engine, jump_forward: bool) -> list:
-    prompts = [[20, 21, 22, 23, 30 + i] for i in range(9)]
+    prompts = [[20, 21, 22, 23, 30 + i] for i in range(10)]
     outputs = engine.generate(prompts, wanted(jump_forward))
     assert all(o.error is None for o in outputs)
     engine.check_integrity()
