@@ -132,7 +132,8 @@ class _Columns:
             for some in np.split(unknown, np.unique(cuts)):
                 if len(some):
                     self._follow(some, first)
-        return self._next[steps]
+        after: np.ndarray = self._next[steps]
+        return after
 
     def _follow(self, steps: np.ndarray, first: np.ndarray) -> None:
         check_time()
@@ -224,7 +225,8 @@ class _Limits:
 
 def _pack(state: np.ndarray, count: np.ndarray, left: np.ndarray, leaves: np.ndarray) -> np.ndarray:
     """State, count, whether its first text is left, and how that was, in one number."""
-    return state | count << _BITS | (leaves + 1) << 2 * _BITS | np.where(left, np.int64(-1) << 63, 0)
+    place: np.ndarray = state | count << _BITS | (leaves + 1) << 2 * _BITS | np.where(left, np.int64(-1) << 63, 0)
+    return place
 
 
 def _unpack(place: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
