@@ -6,7 +6,8 @@ Owns what a syntax tree means: sets of byte strings, characters spelled in UTF-8
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ import numpy as np
 from hf_accel.structured.charset import ByteRange, CharSet
 from hf_accel.structured.nfa import DEAD, Nfa
 from hf_accel.structured.syntax import Counter, CounterConflict, Fragment, Node, TooLarge
+from hf_accel.structured.time_limit import check_time
 
 MAX_STATES = 50_000
 
@@ -55,7 +57,7 @@ class ByteDfa:
     def fragment(self) -> Fragment:
         """This automaton as a part of a syntax tree: `Language(dfa.fragment)`."""
         return Fragment(
-            tuple(tuple(_runs(row)) for row in self.bytes_table.tolist()),
+            _runs(self.bytes_table),
             tuple(np.flatnonzero(self.accepting).tolist()),
             self.counters,
         )
@@ -122,14 +124,73 @@ def _spelled(spell: Spelling, charset: CharSet) -> Fragment:
     return minimal(*nfa.determinize(*nfa.add_sequences(spell(charset)), MAX_STATES)).fragment
 
 
-def _runs(row: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(first byte, last byte, next state) of bytes in a row that lead to the same state."""
-    first = 0
-    for byte in range(1, 257):
-        if byte == 256 or row[byte] != row[first]:
-            if row[first] != DEAD:
-                yield first, byte - 1, row[first]
-            first = byte
+def _runs(table: np.ndarray) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+    """(first byte, last byte, next state) of bytes that lead to the same state, for each row of [num_states, 256]."""
+    edge = np.ones((len(table), 257), dtype=bool)
+    edge[:, 1:256] = table[:, 1:] != table[:, :-1]
+    state, first = np.nonzero(edge[:, :256])
+    _, end = np.nonzero(edge[:, 1:])
+    target = table[state, first]
+    live = target != DEAD
+    state = state[live]
+    runs = list(zip(first[live].tolist(), end[live].tolist(), target[live].tolist(), strict=True))
+    cuts = np.searchsorted(state, np.arange(len(table) + 1)).tolist()
+    return tuple(tuple(runs[low:high]) for low, high in itertools.pairwise(cuts))
+
+
+def compile_texts(texts: Iterable[bytes]) -> ByteDfa:
+    """The minimal automaton of some byte strings, however many: added in their order, what is complete is shared at once.
+
+    Raises:
+        TooLarge: it has more than MAX_STATES states.
+    """
+    rows: list[dict[int, int]] = [{}]
+    accepting: set[int] = set()
+    register: dict[object, int] = {}
+    path, before = [0], b""  # states of the text before, by length
+
+    def complete(length: int) -> None:
+        """What comes after the first `length` bytes of the text before has all its followers."""
+        while len(path) > length + 1:
+            state = path.pop()
+            name = (state in accepting, tuple(rows[state].items()))
+            same = register.setdefault(name, state)
+            if same != state:
+                rows[path[-1]][before[len(path) - 1]] = same
+                accepting.discard(state)
+                unused.append(state)
+
+    unused: list[int] = []
+    for number, data in enumerate(sorted(set(texts))):
+        if number % 64 == 0:
+            check_time()
+        common = next(
+            (i for i, (x, y) in enumerate(zip(before, data, strict=False)) if x != y), min(len(before), len(data))
+        )
+        complete(common)
+        for byte in data[common:]:
+            if unused:
+                state = unused.pop()
+                rows[state] = {}
+            else:
+                state = len(rows)
+                rows.append({})
+                if state >= MAX_STATES:
+                    raise TooLarge(f"the texts need more than {MAX_STATES} states: fewer or shorter texts are needed")
+            rows[path[-1]][byte] = state
+            path.append(state)
+        accepting.add(path[-1])
+        before = data
+    complete(0)
+    gone = {*unused}
+    kept = [state for state in range(len(rows)) if state not in gone]
+    new_id = {state: i for i, state in enumerate(kept)}
+    table = np.full((len(kept), 256), DEAD, dtype=np.int32)
+    for i, state in enumerate(kept):
+        table[i, list(rows[state])] = [new_id[target] for target in rows[state].values()]
+    columns, classes = np.unique(table, axis=1, return_inverse=True)
+    accepts = np.array([state in accepting for state in kept])
+    return ByteDfa(classes.reshape(-1).astype(np.int32), np.ascontiguousarray(columns), accepts, (None,) * len(kept))
 
 
 def minimal_of_rows(rows: Sequence[Mapping[int, int]], accepting: Collection[int], start: int) -> ByteDfa:
@@ -174,12 +235,7 @@ def _labels(accepting: np.ndarray, counters: Sequence[Counter | None]) -> np.nda
 
 def _trim(table: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(table, which states are kept): without states that are not reached or lead nowhere; the start always stays."""
-    alive = accepting.copy()
-    while True:
-        grown = alive | np.append(alive, False)[table].any(axis=1)
-        if (grown == alive).all():
-            break
-        alive = grown
+    alive = _lead_to(table, accepting)
     reached = np.zeros(len(accepting), dtype=bool)
     frontier = np.array([0])
     while frontier.size:
@@ -195,6 +251,23 @@ def _trim(table: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.ndar
     return new_id[table[keep]], keep
 
 
+def _lead_to(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
+    """[num_states] whether a state leads to an accepting one: a search backwards from these."""
+    num = len(table)
+    states, columns = np.nonzero(table != DEAD)
+    targets, states = np.divmod(np.unique(table[states, columns] * num + states), num)  # in the order of their targets
+    first = np.searchsorted(targets, np.arange(num + 1))
+    alive = accepting.copy()
+    frontier = np.flatnonzero(accepting)
+    while len(frontier):
+        sizes = first[frontier + 1] - first[frontier]
+        within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        before = states[np.repeat(first[frontier], sizes) + within]
+        frontier = np.unique(before[~alive[before]])
+        alive[frontier] = True
+    return alive
+
+
 def _equivalence(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """[num_states] ids of states of one label that accept the same: Moore's refinement, on rows hashed with random weights."""
     random = np.random.default_rng(0)
@@ -203,6 +276,7 @@ def _equivalence(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
     count = int(blocks.max()) + 1
     with np.errstate(over="ignore"):
         while True:
+            check_time()
             names = random.integers(0, 1 << 62, size=count + 1, dtype=np.uint64)
             next_names = names[np.append(blocks, count)[table]]  # [num_states, num_classes]
             rows = (next_names * weights).sum(axis=1) + names[blocks] * np.uint64(0x9E3779B97F4A7C15)
@@ -224,6 +298,8 @@ def _product(a: ByteDfa, b: ByteDfa, accept: Callable[[bool, bool], bool]) -> By
     todo, rows, accepting = [(0, 0)], [], []
     accepts_a, accepts_b = [*a.accepting.tolist(), False], [*b.accepting.tolist(), False]
     for state_a, state_b in todo:
+        if len(rows) % 64 == 0:
+            check_time()
         accepting.append(accept(accepts_a[state_a], accepts_b[state_b]))
         row = []
         for pair in zip(table_a[state_a].tolist(), table_b[state_b].tolist(), strict=True):

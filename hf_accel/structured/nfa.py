@@ -5,6 +5,7 @@ An intermediate form: `automaton.compile_node` makes the automaton that is kept.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -24,6 +25,7 @@ from hf_accel.structured.syntax import (
     Seq,
     TooLarge,
 )
+from hf_accel.structured.time_limit import check_time
 
 DEAD = -1
 
@@ -182,28 +184,40 @@ class Nfa:
         first = self._closure(start, end, closures)
         ids: dict[frozenset[int], int] = {first: 0}
         todo, table, accepting, counters = [first], [], [], []
+
+        def id_of(targets: tuple[int, ...]) -> int:
+            closed = [self._closure(t, end, closures) for t in targets]
+            union = closed[0] if len(closed) == 1 else frozenset().union(*closed)
+            if union not in ids:
+                if len(ids) >= max_states:
+                    raise TooLarge(
+                        f"the constraint needs more than {max_states} states: make it simpler, or use smaller bounds"
+                    )
+                ids[union] = len(ids)
+                todo.append(union)
+            return ids[union]
+
         for subset in todo:
+            if len(table) % 64 == 0:
+                check_time()
             accepting.append(end in subset)
             counters.append(self._counter(subset))
-            targets: dict[int, list[int]] = {}
-            for state in subset:
-                for low, high, target in moves[state]:
-                    for symbol in range(low, high + 1):
-                        targets.setdefault(symbol, []).append(target)
             row, known = [DEAD] * num_classes, {}
-            for symbol, states in targets.items():
-                key = tuple(states)
-                if key not in known:
-                    union = frozenset().union(*(self._closure(s, end, closures) for s in key))
-                    if union not in ids:
-                        if len(ids) >= max_states:
-                            raise TooLarge(
-                                f"the constraint needs more than {max_states} states: make it simpler, or use smaller bounds"
-                            )
-                        ids[union] = len(ids)
-                        todo.append(union)
-                    known[key] = ids[union]
-                row[symbol] = known[key]
+            moving = [moves[state] for state in subset if moves[state]]
+            if len(moving) == 1 and disjoint(moving[0]):
+                for low, high, target in moving[0]:
+                    row[low : high + 1] = [id_of((target,))] * (high + 1 - low)
+            else:
+                targets: dict[int, list[int]] = {}
+                for edges in moving:
+                    for low, high, target in edges:
+                        for symbol in range(low, high + 1):
+                            targets.setdefault(symbol, []).append(target)
+                for symbol, states in targets.items():
+                    key = tuple(states)
+                    if key not in known:
+                        known[key] = id_of(key)
+                    row[symbol] = known[key]
             table.append(row)
         return np.array(classes), np.array(table, dtype=np.int64), np.array(accepting, dtype=bool), counters
 
@@ -232,3 +246,9 @@ class Nfa:
                         todo.append(after)
             known[state] = frozenset(s for s in seen if self.edges[s] or s == end)
         return known[state]
+
+
+def disjoint(edges: list[tuple[int, int, int]]) -> bool:
+    """Whether edges (first symbol, last symbol, target) share no symbol."""
+    ordered = sorted(edges)
+    return all(before[1] < after[0] for before, after in itertools.pairwise(ordered))
