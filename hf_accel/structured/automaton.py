@@ -16,6 +16,7 @@ import numpy as np
 from hf_accel.structured.charset import ByteRange, CharSet
 from hf_accel.structured.nfa import DEAD, Nfa
 from hf_accel.structured.syntax import Counter, CounterConflict, Fragment, Node, TooLarge
+from hf_accel.structured.texts import shared_texts
 from hf_accel.structured.time_limit import check_time
 
 MAX_STATES = 50_000
@@ -115,6 +116,7 @@ def compile_node(node: Node, *, spell: Spelling = CharSet.byte_sequences, max_st
         TooLarge: it has more states.
     """
     nfa = Nfa(lambda charset: _spelled(spell, charset), max_states=16 * max_states)
+    nfa.check_size(node)
     return minimal(*nfa.determinize(*nfa.add(node), max_states))
 
 
@@ -139,58 +141,18 @@ def _runs(table: np.ndarray) -> tuple[tuple[tuple[int, int, int], ...], ...]:
 
 
 def compile_texts(texts: Iterable[bytes]) -> ByteDfa:
-    """The minimal automaton of some byte strings, however many: added in their order, what is complete is shared at once.
+    """The minimal automaton of some byte strings, however many.
 
     Raises:
         TooLarge: it has more than MAX_STATES states.
     """
-    rows: list[dict[int, int]] = [{}]
-    accepting: set[int] = set()
-    register: dict[object, int] = {}
-    path, before = [0], b""  # states of the text before, by length
-
-    def complete(length: int) -> None:
-        """What comes after the first `length` bytes of the text before has all its followers."""
-        while len(path) > length + 1:
-            state = path.pop()
-            name = (state in accepting, tuple(rows[state].items()))
-            same = register.setdefault(name, state)
-            if same != state:
-                rows[path[-1]][before[len(path) - 1]] = same
-                accepting.discard(state)
-                unused.append(state)
-
-    unused: list[int] = []
-    for number, data in enumerate(sorted(set(texts))):
-        if number % 64 == 0:
-            check_time()
-        common = next(
-            (i for i, (x, y) in enumerate(zip(before, data, strict=False)) if x != y), min(len(before), len(data))
-        )
-        complete(common)
-        for byte in data[common:]:
-            if unused:
-                state = unused.pop()
-                rows[state] = {}
-            else:
-                state = len(rows)
-                rows.append({})
-                if state >= MAX_STATES:
-                    raise TooLarge(f"the texts need more than {MAX_STATES} states: fewer or shorter texts are needed")
-            rows[path[-1]][byte] = state
-            path.append(state)
-        accepting.add(path[-1])
-        before = data
-    complete(0)
-    gone = {*unused}
-    kept = [state for state in range(len(rows)) if state not in gone]
-    new_id = {state: i for i, state in enumerate(kept)}
-    table = np.full((len(kept), 256), DEAD, dtype=np.int32)
-    for i, state in enumerate(kept):
-        table[i, list(rows[state])] = [new_id[target] for target in rows[state].values()]
+    rows, accepting = shared_texts(texts, MAX_STATES)
+    table = np.full((len(rows), 256), DEAD, dtype=np.int32)
+    for state, row in enumerate(rows):
+        table[state, list(row)] = list(row.values())
     columns, classes = np.unique(table, axis=1, return_inverse=True)
-    accepts = np.array([state in accepting for state in kept])
-    return ByteDfa(classes.reshape(-1).astype(np.int32), np.ascontiguousarray(columns), accepts, (None,) * len(kept))
+    accepts = np.array([state in accepting for state in range(len(rows))])
+    return ByteDfa(classes.reshape(-1).astype(np.int32), np.ascontiguousarray(columns), accepts, (None,) * len(rows))
 
 
 def minimal_of_rows(rows: Sequence[Mapping[int, int]], accepting: Collection[int], start: int) -> ByteDfa:
@@ -295,7 +257,8 @@ def _product(a: ByteDfa, b: ByteDfa, accept: Callable[[bool, bool], bool]) -> By
     table_a = np.vstack([a.table, np.full((1, a.table.shape[1]), DEAD, np.int32)])[:, pairs[0]]  # DEAD indexes the last
     table_b = np.vstack([b.table, np.full((1, b.table.shape[1]), DEAD, np.int32)])[:, pairs[1]]
     ids: dict[tuple[int, int], int] = {(0, 0): 0}
-    todo, rows, accepting = [(0, 0)], [], []
+    todo, accepting = [(0, 0)], []
+    rows: list[list[int]] = []
     accepts_a, accepts_b = [*a.accepting.tolist(), False], [*b.accepting.tolist(), False]
     for state_a, state_b in todo:
         if len(rows) % 64 == 0:

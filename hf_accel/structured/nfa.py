@@ -25,9 +25,11 @@ from hf_accel.structured.syntax import (
     Seq,
     TooLarge,
 )
+from hf_accel.structured.texts import shared_texts
 from hf_accel.structured.time_limit import check_time
 
 DEAD = -1
+MANY_TEXTS = 8  # alternatives from which on they share their states
 
 Subsets = tuple[np.ndarray, np.ndarray, np.ndarray, list[Counter | None]]
 
@@ -70,6 +72,8 @@ class Nfa:
         if isinstance(node, Seq):
             return self._add_seq(node.parts)
         if isinstance(node, Alt):
+            if len(node.parts) >= MANY_TEXTS and (texts := self._texts(node)) is not None:
+                return self._add_texts(texts)
             start, end = self.state(), self.state()
             for part in node.parts:
                 first, last = self.add(part)
@@ -79,6 +83,57 @@ class Nfa:
         if isinstance(node, Members):
             return self._add_members(node)
         return self._add_repeat(node)
+
+    def check_size(self, node: Node) -> None:
+        """Raise TooLarge for a tree that has too many states, before any is added."""
+        if self._size(node) > self._max_states:
+            raise self._too_large()
+
+    def _size(self, node: Node) -> int:
+        """States that a tree needs, at least."""
+        if isinstance(node, Repeat):
+            return self._size(node.part) * max(node.low, node.high or 0, 1)
+        if isinstance(node, Language):
+            return len(node.fragment.edges)
+        if isinstance(node, Seq | Alt):
+            return 1 + sum(map(self._size, node.parts))
+        return 1
+
+    def _texts(self, node: Node) -> list[bytes] | None:
+        """All that a tree of single texts and alternatives of these matches; None for other trees."""
+        if isinstance(node, Alt):
+            parts = [self._texts(part) for part in node.parts]
+            return None if None in parts else [data for part in parts for data in part or ()]
+        if isinstance(node, Chars) and len(node.charset) == 1:
+            data = self._only_text(self._fragment_of(node.charset))
+            return None if data is None else [data]
+        if isinstance(node, Seq):
+            made = b""
+            for part in node.parts:
+                texts = self._texts(part)
+                if texts is None or len(texts) != 1:
+                    return None
+                made += texts[0]
+            return [made]
+        return None
+
+    @staticmethod
+    def _only_text(fragment: Fragment) -> bytes | None:
+        """The one byte string that a fragment accepts; None if it accepts others."""
+        made, state = b"", 0
+        while state not in fragment.accepting:
+            if len(fragment.edges[state]) != 1:
+                return None
+            low, high, state = fragment.edges[state][0]
+            if low != high or len(made) > len(fragment.edges):
+                return None
+            made += bytes([low])
+        return None if fragment.edges[state] else made
+
+    def _add_texts(self, texts: list[bytes]) -> tuple[int, int]:
+        rows, accepting = shared_texts(texts, self._max_states)
+        edges = tuple(tuple((byte, byte, target) for byte, target in row.items()) for row in rows)
+        return self.add_fragment(Fragment(edges, tuple(accepting), (None,) * len(rows)))
 
     def _add_members(self, node: Members) -> tuple[int, int]:
         """A state for "nothing so far" and one for "something so far" after each member; every part is added once."""
@@ -183,7 +238,8 @@ class Nfa:
         closures: dict[int, frozenset[int]] = {}
         first = self._closure(start, end, closures)
         ids: dict[frozenset[int], int] = {first: 0}
-        todo, table, accepting, counters = [first], [], [], []
+        todo, accepting, counters = [first], [], []
+        table: list[list[int]] = []
 
         def id_of(targets: tuple[int, ...]) -> int:
             closed = [self._closure(t, end, closures) for t in targets]
@@ -238,6 +294,7 @@ class Nfa:
     def _closure(self, state: int, end: int, known: dict[int, frozenset[int]]) -> frozenset[int]:
         """States with edges, and the end, that free moves lead to."""
         if state not in known:
+            check_time()
             seen, todo = {state}, [state]
             for each in todo:
                 for after in self.free[each]:
