@@ -231,22 +231,27 @@ def _lead_to(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
 
 
 def _equivalence(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """[num_states] ids of states of one label that accept the same: Moore's refinement, on rows hashed with random weights."""
+    """[num_states] ids of states of one label that accept the same: Moore's refinement, on rows hashed with random weights.
+
+    A block is named by its first state. Those of one state are never looked at again.
+    """
     random = np.random.default_rng(0)
+    num = len(table)
     weights = random.integers(1, 1 << 62, size=table.shape[1], dtype=np.uint64) | np.uint64(1)
-    blocks = np.unique(labels, return_inverse=True)[1].reshape(-1)
-    count = int(blocks.max()) + 1
-    with np.errstate(over="ignore"):
-        while True:
-            check_time()
-            names = random.integers(0, 1 << 62, size=count + 1, dtype=np.uint64)
-            next_names = names[np.append(blocks, count)[table]]  # [num_states, num_classes]
-            rows = (next_names * weights).sum(axis=1) + names[blocks] * np.uint64(0x9E3779B97F4A7C15)
-            _, refined = np.unique(rows, return_inverse=True)
-            new_count = int(refined.max()) + 1
-            if new_count == count:
-                return blocks
-            blocks, count = refined.reshape(-1), new_count
+    names = random.integers(0, 1 << 62, size=num + 1, dtype=np.uint64)
+    blocks, active, num_blocks = np.zeros(num + 1, dtype=np.int64), np.arange(num), 0
+    blocks[-1] = num  # of DEAD
+    rows = labels.astype(np.uint64)
+    while True:
+        check_time()
+        _, first, refined, sizes = np.unique(rows, return_index=True, return_inverse=True, return_counts=True)
+        if len(first) == num_blocks:
+            return np.unique(blocks[:-1], return_inverse=True)[1].reshape(-1)
+        refined = refined.reshape(-1)
+        blocks[active] = active[first][refined]
+        active, num_blocks = active[sizes[refined] > 1], int((sizes > 1).sum())
+        next_names = names[blocks[table[active]]]  # [num_active, num_classes]
+        rows = (next_names * weights).sum(axis=1) + names[blocks[active]] * np.uint64(0x9E3779B97F4A7C15)
 
 
 def _product(a: ByteDfa, b: ByteDfa, accept: Callable[[bool, bool], bool]) -> ByteDfa:
