@@ -6,7 +6,8 @@ Owns what a syntax tree means: sets of byte strings, characters spelled in UTF-8
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,9 @@ import numpy as np
 
 from hf_accel.structured.charset import ByteRange, CharSet
 from hf_accel.structured.nfa import DEAD, Nfa
-from hf_accel.structured.syntax import Counter, CounterConflict, Fragment, Node, StructureError
+from hf_accel.structured.syntax import Counter, CounterConflict, Fragment, Node, TooLarge
+from hf_accel.structured.texts import shared_texts
+from hf_accel.structured.time_limit import check_time
 
 MAX_STATES = 50_000
 
@@ -55,7 +58,7 @@ class ByteDfa:
     def fragment(self) -> Fragment:
         """This automaton as a part of a syntax tree: `Language(dfa.fragment)`."""
         return Fragment(
-            tuple(tuple(_runs(row)) for row in self.bytes_table.tolist()),
+            _runs(self.bytes_table),
             tuple(np.flatnonzero(self.accepting).tolist()),
             self.counters,
         )
@@ -110,9 +113,10 @@ def compile_node(node: Node, *, spell: Spelling = CharSet.byte_sequences, max_st
         max_states: of the automaton before it is minimised.
 
     Raises:
-        StructureError: it has more states.
+        TooLarge: it has more states.
     """
     nfa = Nfa(lambda charset: _spelled(spell, charset), max_states=16 * max_states)
+    nfa.check_size(node)
     return minimal(*nfa.determinize(*nfa.add(node), max_states))
 
 
@@ -122,14 +126,33 @@ def _spelled(spell: Spelling, charset: CharSet) -> Fragment:
     return minimal(*nfa.determinize(*nfa.add_sequences(spell(charset)), MAX_STATES)).fragment
 
 
-def _runs(row: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(first byte, last byte, next state) of bytes in a row that lead to the same state."""
-    first = 0
-    for byte in range(1, 257):
-        if byte == 256 or row[byte] != row[first]:
-            if row[first] != DEAD:
-                yield first, byte - 1, row[first]
-            first = byte
+def _runs(table: np.ndarray) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+    """(first byte, last byte, next state) of bytes that lead to the same state, for each row of [num_states, 256]."""
+    edge = np.ones((len(table), 257), dtype=bool)
+    edge[:, 1:256] = table[:, 1:] != table[:, :-1]
+    state, first = np.nonzero(edge[:, :256])
+    _, end = np.nonzero(edge[:, 1:])
+    target = table[state, first]
+    live = target != DEAD
+    state = state[live]
+    runs = list(zip(first[live].tolist(), end[live].tolist(), target[live].tolist(), strict=True))
+    cuts = np.searchsorted(state, np.arange(len(table) + 1)).tolist()
+    return tuple(tuple(runs[low:high]) for low, high in itertools.pairwise(cuts))
+
+
+def compile_texts(texts: Iterable[bytes]) -> ByteDfa:
+    """The minimal automaton of some byte strings, however many.
+
+    Raises:
+        TooLarge: it has more than MAX_STATES states.
+    """
+    rows, accepting = shared_texts(texts, MAX_STATES)
+    table = np.full((len(rows), 256), DEAD, dtype=np.int32)
+    for state, row in enumerate(rows):
+        table[state, list(row)] = list(row.values())
+    columns, classes = np.unique(table, axis=1, return_inverse=True)
+    accepts = np.array([state in accepting for state in range(len(rows))])
+    return ByteDfa(classes.reshape(-1).astype(np.int32), np.ascontiguousarray(columns), accepts, (None,) * len(rows))
 
 
 def minimal_of_rows(rows: Sequence[Mapping[int, int]], accepting: Collection[int], start: int) -> ByteDfa:
@@ -174,12 +197,7 @@ def _labels(accepting: np.ndarray, counters: Sequence[Counter | None]) -> np.nda
 
 def _trim(table: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(table, which states are kept): without states that are not reached or lead nowhere; the start always stays."""
-    alive = accepting.copy()
-    while True:
-        grown = alive | np.append(alive, False)[table].any(axis=1)
-        if (grown == alive).all():
-            break
-        alive = grown
+    alive = _lead_to(table, accepting)
     reached = np.zeros(len(accepting), dtype=bool)
     frontier = np.array([0])
     while frontier.size:
@@ -195,22 +213,45 @@ def _trim(table: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.ndar
     return new_id[table[keep]], keep
 
 
+def _lead_to(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
+    """[num_states] whether a state leads to an accepting one: a search backwards from these."""
+    num = len(table)
+    states, columns = np.nonzero(table != DEAD)
+    targets, states = np.divmod(np.unique(table[states, columns] * num + states), num)  # in the order of their targets
+    first = np.searchsorted(targets, np.arange(num + 1))
+    alive = accepting.copy()
+    frontier = np.flatnonzero(accepting)
+    while len(frontier):
+        sizes = first[frontier + 1] - first[frontier]
+        within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        before = states[np.repeat(first[frontier], sizes) + within]
+        frontier = np.unique(before[~alive[before]])
+        alive[frontier] = True
+    return alive
+
+
 def _equivalence(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """[num_states] ids of states of one label that accept the same: Moore's refinement, on rows hashed with random weights."""
+    """[num_states] ids of states of one label that accept the same: Moore's refinement, on rows hashed with random weights.
+
+    A block is named by its first state. Those of one state are never looked at again.
+    """
     random = np.random.default_rng(0)
+    num = len(table)
     weights = random.integers(1, 1 << 62, size=table.shape[1], dtype=np.uint64) | np.uint64(1)
-    blocks = np.unique(labels, return_inverse=True)[1].reshape(-1)
-    count = int(blocks.max()) + 1
-    with np.errstate(over="ignore"):
-        while True:
-            names = random.integers(0, 1 << 62, size=count + 1, dtype=np.uint64)
-            next_names = names[np.append(blocks, count)[table]]  # [num_states, num_classes]
-            rows = (next_names * weights).sum(axis=1) + names[blocks] * np.uint64(0x9E3779B97F4A7C15)
-            _, refined = np.unique(rows, return_inverse=True)
-            new_count = int(refined.max()) + 1
-            if new_count == count:
-                return blocks
-            blocks, count = refined.reshape(-1), new_count
+    names = random.integers(0, 1 << 62, size=num + 1, dtype=np.uint64)
+    blocks, active, num_blocks = np.zeros(num + 1, dtype=np.int64), np.arange(num), 0
+    blocks[-1] = num  # of DEAD
+    rows = labels.astype(np.uint64)
+    while True:
+        check_time()
+        _, first, refined, sizes = np.unique(rows, return_index=True, return_inverse=True, return_counts=True)
+        if len(first) == num_blocks:
+            return np.unique(blocks[:-1], return_inverse=True)[1].reshape(-1)
+        refined = refined.reshape(-1)
+        blocks[active] = active[first][refined]
+        active, num_blocks = active[sizes[refined] > 1], int((sizes > 1).sum())
+        next_names = names[blocks[table[active]]]  # [num_active, num_classes]
+        rows = (next_names * weights).sum(axis=1) + names[blocks[active]] * np.uint64(0x9E3779B97F4A7C15)
 
 
 def _product(a: ByteDfa, b: ByteDfa, accept: Callable[[bool, bool], bool]) -> ByteDfa:
@@ -221,9 +262,12 @@ def _product(a: ByteDfa, b: ByteDfa, accept: Callable[[bool, bool], bool]) -> By
     table_a = np.vstack([a.table, np.full((1, a.table.shape[1]), DEAD, np.int32)])[:, pairs[0]]  # DEAD indexes the last
     table_b = np.vstack([b.table, np.full((1, b.table.shape[1]), DEAD, np.int32)])[:, pairs[1]]
     ids: dict[tuple[int, int], int] = {(0, 0): 0}
-    todo, rows, accepting = [(0, 0)], [], []
+    todo, accepting = [(0, 0)], []
+    rows: list[list[int]] = []
     accepts_a, accepts_b = [*a.accepting.tolist(), False], [*b.accepting.tolist(), False]
     for state_a, state_b in todo:
+        if len(rows) % 64 == 0:
+            check_time()
         accepting.append(accept(accepts_a[state_a], accepts_b[state_b]))
         row = []
         for pair in zip(table_a[state_a].tolist(), table_b[state_b].tolist(), strict=True):
@@ -232,7 +276,7 @@ def _product(a: ByteDfa, b: ByteDfa, accept: Callable[[bool, bool], bool]) -> By
                 continue
             if pair not in ids:
                 if len(ids) >= MAX_STATES:
-                    raise StructureError(f"the constraint needs more than {MAX_STATES} states: make it simpler")
+                    raise TooLarge(f"the constraint needs more than {MAX_STATES} states: make it simpler")
                 ids[pair] = len(ids)
                 todo.append(pair)
             row.append(ids[pair])

@@ -18,10 +18,12 @@ import numpy as np
 
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.syntax import CounterConflict
+from hf_accel.structured.time_limit import time_limit
 from hf_accel.structured.token_fsm import TokenFsm, compile_fsm
 from hf_accel.structured.vocabulary import Vocabulary
 
-FORMAT = 1  # of cached files and of what their contents mean
+MAX_SECONDS = 20.0
+FORMAT = 2  # of cached files and of what their contents mean
 MEMORY_BYTES = 512 << 20  # of automata kept in memory
 _FIELDS = tuple(TokenFsm.__dataclass_fields__)
 
@@ -32,11 +34,12 @@ class ConstraintCompiler:
     Args:
         vocabulary: of the model.
         folder: where compiled automata are kept; None: nowhere.
+        max_seconds: of processor time for one constraint; one that takes more is refused.
     """
 
-    def __init__(self, vocabulary: Vocabulary, folder: Path | None = None) -> None:
+    def __init__(self, vocabulary: Vocabulary, folder: Path | None = None, max_seconds: float = MAX_SECONDS) -> None:
         self.vocabulary = vocabulary
-        self._folder = folder
+        self._folder, self._max_seconds = folder, max_seconds
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Future[TokenFsm]] = OrderedDict()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-accel-constraints")
@@ -73,10 +76,11 @@ class ConstraintCompiler:
         path = self._path(constraint)
         if path is not None and (fsm := load(path)) is not None:
             return fsm
-        try:
-            fsm = compile_fsm(constraint.compile(), self.vocabulary)
-        except CounterConflict:
-            fsm = compile_fsm(constraint.compile(counting=False), self.vocabulary)
+        with time_limit(self._max_seconds):
+            try:
+                fsm = compile_fsm(constraint.compile(), self.vocabulary)
+            except CounterConflict:
+                fsm = compile_fsm(constraint.compile(counting=False), self.vocabulary)
         if path is not None:
             save(fsm, path)
         return fsm

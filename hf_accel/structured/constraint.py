@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_accel.structured.automaton import ByteDfa, compile_node
+from hf_accel.structured.automaton import ByteDfa, compile_node, compile_texts
 from hf_accel.structured.json_schema import compile_json_schema
 from hf_accel.structured.regex import parse_regex
-from hf_accel.structured.syntax import Alt, StructureError, text
+from hf_accel.structured.syntax import StructureError
 
 WHITESPACE = " ?"
 
@@ -89,7 +89,10 @@ def _compiled(constraint: Constraint, counting: bool) -> ByteDfa:
     if constraint.kind == "regex":
         return compile_node(parse_regex(constraint.value))
     if constraint.kind == "choice":
-        return compile_node(Alt(tuple(map(text, json.loads(constraint.value)))))
+        try:
+            return compile_texts([choice.encode() for choice in json.loads(constraint.value)])
+        except UnicodeEncodeError as error:
+            raise StructureError(f"a choice is no text: {error}") from None
     return compile_json_schema(constraint.value, whitespace=constraint.whitespace, counting=counting)
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from hf_accel.structured.token_fsm import TokenFsm
 from hf_accel_kernels.token_bitmask import apply_token_bitmask, masked
+from hf_accel_kernels.token_states import COUNT_SHIFT, FIELDS, advance, mask_rows
 
 FREE = -1
 DONE = 0
-_COUNT_SHIFT = 32  # a row's state is its global id below, its count above
+_COUNT_SHIFT = COUNT_SHIFT  # a row's state is its global id below, its count above
 _STATE_BITS = (1 << _COUNT_SHIFT) - 1
 
 
@@ -42,10 +43,10 @@ class MaskTable:
         self.masks = self._on_device(np.packbits(end, bitorder="little").view(np.int32)[None])  # [num_masks, num_words]
         self.classes = torch.zeros(1, vocab_size, dtype=torch.int32, device=device)  # [num_automata + 1, vocab_size]
         self.states = torch.zeros(
-            1, 7, dtype=torch.int64, device=device
+            1, FIELDS, dtype=torch.int64, device=device
         )  # [num_states, (automaton, first move, *row_of)]
-        self.rows = torch.zeros(1, dtype=torch.int64, device=device)  # mask by row
-        self.moves = torch.ones(1, 2, dtype=torch.int64, device=device)  # (next global state, count) by state and class
+        self.rows = torch.zeros(1, dtype=torch.int32, device=device)  # mask by row
+        self.moves = torch.ones(1, 2, dtype=torch.int32, device=device)  # (next global state, count) by state and class
 
     @property
     def num_bytes(self) -> int:
@@ -76,39 +77,32 @@ class MaskTable:
         return masked(logits, self.masks, self._mask_rows(states))
 
     def _mask_rows(self, states: Tensor) -> Tensor:
-        count, known = states >> _COUNT_SHIFT, self._known(states)
-        _, _, base, low, low_span, high, high_span = known.unbind(1)
-        near_low = torch.minimum((count - low).clamp(min=0), low_span)
-        row = base + near_low + torch.minimum((count - high).clamp(min=0), high_span)
-        return torch.where(states >= 0, self.rows[row], FREE).to(torch.int32)
-
-    def _known(self, states: Tensor) -> Tensor:
-        return self.states[states.clamp(min=0) & _STATE_BITS]  # [num_rows, 7]
+        return mask_rows(states, self.states, self.rows)
 
     def advance(self, states: Tensor, token_ids: Tensor) -> Tensor:
         """The states after a token each [num_rows] int64. A token that was not allowed ends its row."""
-        known = self._known(states)
-        moves = self.moves[known[:, 1] + self.classes[known[:, 0], token_ids.clamp(max=self.classes.shape[1] - 1)]]
-        count = torch.where(moves[:, 1] & 1 == 1, 0, states >> _COUNT_SHIFT) + (moves[:, 1] >> 1)
-        after = torch.where(states == DONE, DONE, moves[:, 0] + (count << _COUNT_SHIFT))
-        return torch.where(states < 0, states, after)
+        return advance(states, token_ids, self.states, self.classes, self.moves)
 
     def _add(self, fsm: TokenFsm) -> int:
         """DONE is shared: local state s >= 1 becomes global state base + s - 1."""
         base, first = self.states.shape[0], self.moves.shape[0]
         num_states, num_classes = fsm.table.shape
         dead = fsm.table[1:] <= 0  # what is not allowed ends the row
-        moves = np.stack([np.where(dead, DONE, fsm.table[1:] + (base - 1)), np.where(dead, 1, fsm.counts[1:])], axis=-1)
-        states = np.empty((num_states - 1, 7), dtype=np.int64)
+        moves = np.empty((num_states - 1, num_classes, 2), dtype=np.int32)
+        moves[..., 0], moves[..., 1] = (
+            np.where(dead, DONE, fsm.table[1:] + (base - 1)),
+            np.where(dead, 1, fsm.counts[1:]),
+        )
+        states = np.empty((num_states - 1, FIELDS), dtype=np.int64)
         states[:, 0] = self.classes.shape[0]
         states[:, 1] = first + np.arange(num_states - 1) * num_classes
         states[:, 2:] = fsm.row_of[1:]
         states[:, 2] += self.rows.shape[0]
         self.states = torch.cat([self.states, self._on_device(states)])
-        self.rows = torch.cat([self.rows, self._on_device(fsm.rows + np.int64(self.masks.shape[0]))])
+        self.rows = torch.cat([self.rows, self._on_device(fsm.rows + np.int32(self.masks.shape[0]))])
         self.masks = torch.cat([self.masks, self._on_device(fsm.masks)])
         self.classes = torch.cat([self.classes, self._on_device(fsm.classes[None])])
-        self.moves = torch.cat([self.moves, self._on_device(moves.reshape(-1, 2).astype(np.int64))])
+        self.moves = torch.cat([self.moves, self._on_device(moves.reshape(-1, 2))])
         return base + fsm.start - 1
 
     def _on_device(self, array: np.ndarray) -> Tensor:

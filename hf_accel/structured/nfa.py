@@ -5,6 +5,7 @@ An intermediate form: `automaton.compile_node` makes the automaton that is kept.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -22,10 +23,13 @@ from hf_accel.structured.syntax import (
     Node,
     Repeat,
     Seq,
-    StructureError,
+    TooLarge,
 )
+from hf_accel.structured.texts import shared_texts
+from hf_accel.structured.time_limit import check_time
 
 DEAD = -1
+MANY_TEXTS = 8  # alternatives from which on they share their states
 
 Subsets = tuple[np.ndarray, np.ndarray, np.ndarray, list[Counter | None]]
 
@@ -35,7 +39,7 @@ class Nfa:
 
     Args:
         fragment_of: how a set of characters is spelled.
-        max_states: more raise StructureError.
+        max_states: more raise TooLarge.
     """
 
     def __init__(self, fragment_of: Callable[[CharSet], Fragment], max_states: int) -> None:
@@ -54,10 +58,8 @@ class Nfa:
         self.counters.append(None)
         return len(self.edges) - 1
 
-    def _too_large(self) -> StructureError:
-        return StructureError(
-            "the constraint unrolls to too many states: use smaller bounds on repetitions and lengths"
-        )
+    def _too_large(self) -> TooLarge:
+        return TooLarge("the constraint unrolls to too many states: use smaller bounds on repetitions and lengths")
 
     def add(self, node: Node) -> tuple[int, int]:
         """Add a tree; returns where it starts and where it ends."""
@@ -70,6 +72,8 @@ class Nfa:
         if isinstance(node, Seq):
             return self._add_seq(node.parts)
         if isinstance(node, Alt):
+            if len(node.parts) >= MANY_TEXTS and (texts := self._texts(node)) is not None:
+                return self._add_texts(texts)
             start, end = self.state(), self.state()
             for part in node.parts:
                 first, last = self.add(part)
@@ -79,6 +83,57 @@ class Nfa:
         if isinstance(node, Members):
             return self._add_members(node)
         return self._add_repeat(node)
+
+    def check_size(self, node: Node) -> None:
+        """Raise TooLarge for a tree that has too many states, before any is added."""
+        if self._size(node) > self._max_states:
+            raise self._too_large()
+
+    def _size(self, node: Node) -> int:
+        """States that a tree needs, at least."""
+        if isinstance(node, Repeat):
+            return self._size(node.part) * max(node.low, node.high or 0, 1)
+        if isinstance(node, Language):
+            return len(node.fragment.edges)
+        if isinstance(node, Seq | Alt):
+            return 1 + sum(map(self._size, node.parts))
+        return 1
+
+    def _texts(self, node: Node) -> list[bytes] | None:
+        """All that a tree of single texts and alternatives of these matches; None for other trees."""
+        if isinstance(node, Alt):
+            parts = [self._texts(part) for part in node.parts]
+            return None if None in parts else [data for part in parts for data in part or ()]
+        if isinstance(node, Chars) and len(node.charset) == 1:
+            data = self._only_text(self._fragment_of(node.charset))
+            return None if data is None else [data]
+        if isinstance(node, Seq):
+            made = b""
+            for part in node.parts:
+                texts = self._texts(part)
+                if texts is None or len(texts) != 1:
+                    return None
+                made += texts[0]
+            return [made]
+        return None
+
+    @staticmethod
+    def _only_text(fragment: Fragment) -> bytes | None:
+        """The one byte string that a fragment accepts; None if it accepts others."""
+        made, state = b"", 0
+        while state not in fragment.accepting:
+            if len(fragment.edges[state]) != 1:
+                return None
+            low, high, state = fragment.edges[state][0]
+            if low != high or len(made) > len(fragment.edges):
+                return None
+            made += bytes([low])
+        return None if fragment.edges[state] else made
+
+    def _add_texts(self, texts: list[bytes]) -> tuple[int, int]:
+        rows, accepting = shared_texts(texts, self._max_states)
+        edges = tuple(tuple((byte, byte, target) for byte, target in row.items()) for row in rows)
+        return self.add_fragment(Fragment(edges, tuple(accepting), (None,) * len(rows)))
 
     def _add_members(self, node: Members) -> tuple[int, int]:
         """A state for "nothing so far" and one for "something so far" after each member; every part is added once."""
@@ -175,7 +230,7 @@ class Nfa:
         """(classes [256], table [num_states, num_classes], accepting [num_states], counters) of the same language.
 
         Raises:
-            StructureError: more than `max_states` states.
+            TooLarge: more than `max_states` states.
             CounterConflict: a state would be inside a counted text and elsewhere at once.
         """
         classes, num_classes = self._byte_classes()
@@ -183,29 +238,42 @@ class Nfa:
         closures: dict[int, frozenset[int]] = {}
         first = self._closure(start, end, closures)
         ids: dict[frozenset[int], int] = {first: 0}
-        todo, table, accepting, counters = [first], [], [], []
+        todo, accepting, counters = [first], [], []
+        table: list[list[int]] = []
+
+        def id_of(targets: tuple[int, ...]) -> int:
+            closed = [self._closure(t, end, closures) for t in targets]
+            union = closed[0] if len(closed) == 1 else frozenset().union(*closed)
+            if union not in ids:
+                if len(ids) >= max_states:
+                    raise TooLarge(
+                        f"the constraint needs more than {max_states} states: make it simpler, or use smaller bounds"
+                    )
+                ids[union] = len(ids)
+                todo.append(union)
+            return ids[union]
+
         for subset in todo:
+            if len(table) % 64 == 0:
+                check_time()
             accepting.append(end in subset)
             counters.append(self._counter(subset))
-            targets: dict[int, list[int]] = {}
-            for state in subset:
-                for low, high, target in moves[state]:
-                    for symbol in range(low, high + 1):
-                        targets.setdefault(symbol, []).append(target)
             row, known = [DEAD] * num_classes, {}
-            for symbol, states in targets.items():
-                key = tuple(states)
-                if key not in known:
-                    union = frozenset().union(*(self._closure(s, end, closures) for s in key))
-                    if union not in ids:
-                        if len(ids) >= max_states:
-                            raise StructureError(
-                                f"the constraint needs more than {max_states} states: make it simpler, or use smaller bounds"
-                            )
-                        ids[union] = len(ids)
-                        todo.append(union)
-                    known[key] = ids[union]
-                row[symbol] = known[key]
+            moving = [moves[state] for state in subset if moves[state]]
+            if len(moving) == 1 and disjoint(moving[0]):
+                for low, high, target in moving[0]:
+                    row[low : high + 1] = [id_of((target,))] * (high + 1 - low)
+            else:
+                targets: dict[int, list[int]] = {}
+                for edges in moving:
+                    for low, high, target in edges:
+                        for symbol in range(low, high + 1):
+                            targets.setdefault(symbol, []).append(target)
+                for symbol, states in targets.items():
+                    key = tuple(states)
+                    if key not in known:
+                        known[key] = id_of(key)
+                    row[symbol] = known[key]
             table.append(row)
         return np.array(classes), np.array(table, dtype=np.int64), np.array(accepting, dtype=bool), counters
 
@@ -226,6 +294,7 @@ class Nfa:
     def _closure(self, state: int, end: int, known: dict[int, frozenset[int]]) -> frozenset[int]:
         """States with edges, and the end, that free moves lead to."""
         if state not in known:
+            check_time()
             seen, todo = {state}, [state]
             for each in todo:
                 for after in self.free[each]:
@@ -234,3 +303,9 @@ class Nfa:
                         todo.append(after)
             known[state] = frozenset(s for s in seen if self.edges[s] or s == end)
         return known[state]
+
+
+def disjoint(edges: list[tuple[int, int, int]]) -> bool:
+    """Whether edges (first symbol, last symbol, target) share no symbol."""
+    ordered = sorted(edges)
+    return all(before[1] < after[0] for before, after in itertools.pairwise(ordered))

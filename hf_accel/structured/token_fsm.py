@@ -16,12 +16,13 @@ import numpy as np
 from hf_accel.structured.automaton import ByteDfa
 from hf_accel.structured.distance import Distances, find_distances
 from hf_accel.structured.nfa import DEAD
-from hf_accel.structured.syntax import Counter, CounterConflict, StructureError
-from hf_accel.structured.token_walk import NEVER, Moves, walk_tokens
+from hf_accel.structured.syntax import Counter, CounterConflict, StructureError, TooLarge
+from hf_accel.structured.token_walk import NEVER, Moves, hash_columns, walk_tokens
 from hf_accel.structured.vocabulary import Vocabulary
 
 DONE = 0  # after the end of the sequence
 FAR = 1 << 30
+MAX_BYTES = 512 << 20  # of an automaton's table, and of its masks
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,7 @@ def compile_fsm(dfa: ByteDfa, vocabulary: Vocabulary) -> TokenFsm:
 
     Raises:
         StructureError: the vocabulary cannot spell a text that the automaton accepts.
+        TooLarge: the automaton would take more than MAX_BYTES.
     """
     moves = walk_tokens(dfa, vocabulary.trie)
     alive = _alive(moves, dfa.accepting)
@@ -113,16 +115,20 @@ def compile_fsm(dfa: ByteDfa, vocabulary: Vocabulary) -> TokenFsm:
     _check_counted(dfa, moves)
     ids = np.cumsum(alive)  # 1 for the start on; DONE is 0
     counters = [None, *(c for c, lives in zip(dfa.counters, alive, strict=True) if lives)]
-    ends = np.array([DONE, *ids[alive & dfa.accepting].tolist()])
-    moves = _with_ends(moves, ids, ends, np.array(vocabulary.eos_token_ids, dtype=np.int64))
-    classes, num_classes = _token_classes(moves, vocabulary.size)
-    shape = (len(counters), num_classes)
+    classes = np.zeros(vocabulary.size, dtype=np.int64)
+    class_of_column, num_classes = _different_columns(moves)
+    classes[moves.token] = class_of_column[moves.column_of]
+    classes[list(vocabulary.eos_token_ids)] = num_classes
+    shape = (len(counters), num_classes + 1)
+    if 2 * 4 * shape[0] * shape[1] > MAX_BYTES:
+        raise TooLarge(
+            f"the constraint needs {shape[0]} states for {shape[1]} kinds of tokens: make it simpler, or use smaller bounds"
+        )
     table, counts = np.full(shape, DEAD, dtype=np.int32), np.zeros(shape, dtype=np.int32)
-    need, leaves = np.zeros(shape, dtype=np.int64), np.full(shape, NEVER)
-    where = (moves.state, classes[moves.token])
-    table[where], counts[where] = moves.target, 2 * moves.value + moves.sets
-    need[where], leaves[where] = moves.need, moves.leaves
-    allowed, row_of = _rows(table, need, leaves, counters)
+    where = (ids[moves.state], class_of_column[moves.column])
+    table[where], counts[where] = ids[moves.target], 2 * moves.value + moves.sets
+    table[np.array([DONE, *ids[alive & dfa.accepting].tolist()]), num_classes] = DONE
+    allowed, row_of = _rows(table, _CountedMoves(moves, ids, class_of_column), counters)
     masks, rows = _masks(allowed, classes)
     return TokenFsm(masks, rows, row_of, classes.astype(np.int32), table, counts)
 
@@ -152,57 +158,48 @@ def _check_counted(dfa: ByteDfa, moves: Moves) -> None:
             raise CounterConflict("this vocabulary cannot end a text of bounded length everywhere")
 
 
-def _with_ends(moves: Moves, ids: np.ndarray, ends: np.ndarray, eos: np.ndarray) -> Moves:
-    """The moves between the ids that are kept, and from `ends` to DONE by every end of sequence."""
-    size = len(ends) * len(eos)
-    zeros, done = np.zeros(size, np.int64), np.full(size, DONE)
-    last = Moves(
-        np.repeat(ends, len(eos)), np.tile(eos, len(ends)), done, zeros, zeros == 0, zeros, np.full(size, NEVER)
-    )
-    first = Moves(ids[moves.state], moves.token, ids[moves.target], moves.value, moves.sets, moves.need, moves.leaves)
-    return Moves(*(np.concatenate([getattr(first, n), getattr(last, n)]) for n in Moves.__dataclass_fields__))
+def _different_columns(moves: Moves) -> tuple[np.ndarray, int]:
+    """(class of each column, number of classes): class 0 is of columns without entries, the others are of equal ones."""
+    first = np.searchsorted(moves.column, np.arange(int(moves.column_of.max(initial=-1)) + 2))
+    names = hash_columns(first, moves.state, moves.target, moves.value, moves.sets, moves.need, moves.leaves)
+    ids = {(0, 0): 0}
+    return np.array([ids.setdefault(name, len(ids)) for name in names], dtype=np.int64), len(ids)
 
 
-def _token_classes(moves: Moves, vocab_size: int) -> tuple[np.ndarray, int]:
-    """[vocab_size] class of each token, and their number: tokens of one class have equal sets of moves.
+class _CountedMoves:
+    """What tokens need of the count, by state and class."""
 
-    Sets are compared by two sums of random 64-bit numbers, one for each member: unequal ones agree with odds of 2^-100.
-    """
-    random = np.random.default_rng(0)
-    columns = (moves.state, moves.target, moves.value, moves.sets, moves.need, moves.leaves)
-    keys = sum(c.astype(np.uint64) * random.integers(1, 1 << 63, dtype=np.uint64) for c in columns)
-    _, which = np.unique(keys, return_inverse=True)
-    numbers = random.integers(0, 1 << 63, size=(2, int(which.max(initial=-1)) + 1), dtype=np.uint64)
-    order = np.argsort(moves.token, kind="stable")
-    present, first = np.unique(moves.token[order], return_index=True)
-    sums = np.add.reduceat(numbers[:, which.reshape(-1)[order]], first, axis=1) if len(first) else numbers[:, :0]
-    _, class_of = np.unique(sums, axis=1, return_inverse=True)
-    classes = np.zeros(vocab_size, dtype=np.int64)
-    classes[present] = 1 + class_of.reshape(-1)
-    return classes, int(classes.max(initial=0)) + 1
+    def __init__(self, moves: Moves, ids: np.ndarray, class_of_column: np.ndarray) -> None:
+        order = np.argsort(moves.state, kind="stable")
+        self._classes = class_of_column[moves.column[order]]
+        self._need, self._leaves = moves.need[order], moves.leaves[order]
+        self._first = np.searchsorted(ids[moves.state[order]], np.arange(int(ids[-1]) + 2))
+
+    def of(self, state: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(classes, need, leaves) of the moves of a state."""
+        those = slice(self._first[state], self._first[state + 1])
+        return self._classes[those], self._need[those], self._leaves[those]
 
 
-def _rows(
-    table: np.ndarray, need: np.ndarray, leaves: np.ndarray, counters: Sequence[Counter | None]
-) -> tuple[np.ndarray, np.ndarray]:
+def _rows(table: np.ndarray, moves: _CountedMoves, counters: Sequence[Counter | None]) -> tuple[np.ndarray, np.ndarray]:
     """(allowed [num_rows, num_classes], row_of): a row for each state, or for each of a state's counts that differ."""
-    blocks: list[np.ndarray] = []
+    allowed = table != DEAD
     row_of = np.zeros((len(table), 5), dtype=np.int32)
-    size = 0
+    row_of[:, 0] = np.arange(len(table))
+    blocks, size = [allowed], len(table)
     for state, counter in enumerate(counters):
-        possible = (table[state] != DEAD)[None]
-        row_of[state, 0] = size
-        if counter is not None:
-            # Nothing that a token needs is more than `depth`: only counts so near to a bound make a difference.
-            depth = int(max(need[state][possible[0]].max(initial=0), leaves[state].max(initial=0)))
-            low, high = counter.low - depth - 1, counter.high - depth
-            row_of[state, 1:] = low, depth + 1, high, depth
-            counts = _representatives(row_of[state], counter.high)
-            enough = need[state] <= counter.high - counts[:, None]
-            may_leave = (leaves[state] == NEVER) | (counts[:, None] + leaves[state] >= counter.low)
-            possible = possible & enough & may_leave
-        blocks.append(possible)
-        size += len(possible)
+        if counter is None:
+            continue
+        classes, need, leaves = moves.of(state)
+        # Nothing that a token needs is more than `depth`: only counts so near to a bound make a difference.
+        depth = int(max(need.max(initial=0), leaves.max(initial=0)))
+        low, high = counter.low - depth - 1, counter.high - depth
+        row_of[state] = size, low, depth + 1, high, depth
+        counts = _representatives(row_of[state], counter.high)[:, None]
+        block = np.repeat(allowed[state][None], len(counts), axis=0)
+        block[:, classes] = (need <= counter.high - counts) & ((leaves == NEVER) | (counts + leaves >= counter.low))
+        blocks.append(block)
+        size += len(block)
     return np.concatenate(blocks), row_of
 
 
@@ -219,9 +216,15 @@ def _representatives(row: np.ndarray, most: int) -> np.ndarray:
 
 def _masks(allowed: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(masks, mask of each row): rows that allow the same classes share one."""
-    different, mask_of = np.unique(allowed, axis=0, return_inverse=True)  # [num_masks, num_classes]
-    packed = np.zeros((len(different), -(-len(classes) // 32) * 4), dtype=np.uint8)
-    for row, allowed_classes in zip(packed, different, strict=True):
-        bits = np.packbits(allowed_classes[classes], bitorder="little")
+    ids: dict[bytes, int] = {}
+    rows = np.array([ids.setdefault(row.tobytes(), len(ids)) for row in np.packbits(allowed, axis=1)], dtype=np.int32)
+    _, first = np.unique(rows, return_index=True)
+    packed = np.zeros((len(first), -(-len(classes) // 32) * 4), dtype=np.uint8)
+    if packed.nbytes > MAX_BYTES:
+        raise TooLarge(
+            f"the constraint needs {len(packed)} masks of {len(classes)} tokens: make it simpler, or use smaller bounds"
+        )
+    for row, allowed_classes in zip(packed, allowed[first], strict=True):
+        bits = np.packbits(allowed_classes.take(classes), bitorder="little")
         row[: len(bits)] = bits
-    return packed.view(np.int32), mask_of.reshape(-1).astype(np.int32)
+    return packed.view(np.int32), rows

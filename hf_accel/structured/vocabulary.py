@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +19,9 @@ from typing import Any
 import numpy as np
 
 from hf_accel.structured.syntax import StructureError
+
+_lock = threading.Lock()
+_known: weakref.WeakKeyDictionary[Any, dict[Any, Vocabulary]] = weakref.WeakKeyDictionary()  # by tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -35,7 +40,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any, vocab_size: int, eos_token_ids: Iterable[int]) -> Vocabulary:
-        """The vocabulary of a HF tokenizer.
+        """The vocabulary of a HF tokenizer; the same object for as long as the tokenizer does not change.
 
         Args:
             tokenizer: a fast tokenizer (one with a `backend_tokenizer`).
@@ -48,16 +53,19 @@ class Vocabulary:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise StructureError("structured output needs a fast tokenizer (one with a backend_tokenizer)")
-        description = json.loads(backend.to_str())
-        special = {t["id"] for t in description.get("added_tokens", ()) if t.get("special")}
-        special |= {*getattr(tokenizer, "all_special_ids", ()), *eos_token_ids}
-        added = {t["id"]: t["content"] for t in description.get("added_tokens", ())}
-        to_bytes = _decoder(description.get("decoder"))
-        tokens: list[bytes | None] = [None] * vocab_size
-        for text, token_id in backend.get_vocab(with_added_tokens=True).items():
-            if token_id < vocab_size and token_id not in special:
-                tokens[token_id] = added[token_id].encode() if token_id in added else to_bytes(text)
-        return cls(tuple(t or None for t in tokens), tuple(sorted(set(eos_token_ids))))
+        eos = tuple(sorted(set(eos_token_ids)))
+        added = backend.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special} | {
+            *getattr(tokenizer, "all_special_ids", ()),
+            *eos,
+        }
+        decoder = b"" if backend.decoder is None else backend.decoder.__getstate__()
+        key = (vocab_size, eos, decoder, tuple(sorted(special)), tuple(sorted(added)), backend.get_vocab_size())
+        with _lock:
+            known = _known.setdefault(tokenizer, {}) if _may_be_known(tokenizer) else {}
+            if key not in known:
+                known[key] = cls(_tokens_of(backend, vocab_size, special, decoder), eos)
+            return known[key]
 
     @property
     def size(self) -> int:
@@ -67,9 +75,10 @@ class Vocabulary:
     @cached_property
     def digest(self) -> str:
         """Of everything that a compiled constraint depends on."""
+        lengths = np.array([-1 if token is None else len(token) for token in self.tokens], dtype=np.int32)
         state = hashlib.sha256(repr((self.size, self.eos_token_ids)).encode())
-        for token in self.tokens:
-            state.update(b"\xff" if token is None else len(token).to_bytes(4, "little") + token)
+        state.update(lengths.tobytes())
+        state.update(b"".join(filter(None, self.tokens)))
         return state.hexdigest()
 
     @cached_property
@@ -79,39 +88,53 @@ class Vocabulary:
 
 
 class TokenTrie:
-    """Byte strings that begin alike share their way. Node 0 is the root; children come after their parents.
+    """Byte strings that begin alike share their way. Node 0 is the root; nodes are in the order of their lengths.
 
     Attributes:
-        first_child: [num_nodes + 1] int64, where each node's children begin in `child` (and where the last one's end).
-        child: [num_nodes - 1] int64, nodes by parent.
+        parent: [num_nodes] int32, 0 for the root.
         byte: [num_nodes] uint8, the last byte of each node's string.
-        first_token: [num_nodes + 1] int64, where the ids of the tokens that end at a node begin in `token`.
-        token: ids by node.
+        levels: where the nodes of each length begin, and where the last ones end.
+        token: [num_tokens] int64, ids of the tokens, by node.
+        node: [num_tokens] int64, the node at which each of them ends.
     """
 
     def __init__(self, tokens: Sequence[bytes | None]) -> None:
-        order = sorted((token, i) for i, token in enumerate(tokens) if token)
-        parents, ends, last_bytes = [-1], [], [0]
-        path, before = [0], b""  # nodes of the token before, by length
-        for token, token_id in order:
-            common = _common_prefix(before, token)
-            del path[common + 1 :]
-            for byte in token[common:]:
-                parents.append(path[-1])
-                last_bytes.append(byte)
-                path.append(len(parents) - 1)
-            ends.append((path[-1], token_id))
-            before = token
-        self.byte = np.array(last_bytes, dtype=np.uint8)
-        self.first_child, self.child = _grouped(
-            np.array(parents[1:], dtype=np.int64), np.arange(1, len(parents)), len(parents)
-        )
-        nodes, ids = np.array(ends, dtype=np.int64).reshape(-1, 2).T
-        self.first_token, self.token = _grouped(nodes, ids, len(parents))
+        ids = np.array([i for i, token in enumerate(tokens) if token], dtype=np.int64)
+        spelled = [token for token in tokens if token]
+        text = np.frombuffer(b"".join(spelled), dtype=np.uint8)
+        lengths = np.fromiter(map(len, spelled), dtype=np.int64, count=len(spelled))
+        begins = np.cumsum(lengths) - lengths
+        parents, last_bytes, self.levels = [np.zeros(1, np.int64)], [np.zeros(1, np.uint8)], [0, 1]
+        node, longer = np.zeros(len(ids), dtype=np.int64), np.arange(len(ids))  # by token; tokens that go on
+        while len(longer := longer[lengths[longer] >= len(self.levels) - 1]):
+            first, end = self.levels[-2:]
+            steps = (node[longer] - first) * 256 + text[begins[longer] + len(self.levels) - 2]
+            made, which = _distinct(steps, (end - first) * 256)
+            parents.append(made // 256 + first)
+            last_bytes.append((made % 256).astype(np.uint8))
+            node[longer] = end + which
+            self.levels.append(end + len(made))
+        self.parent = np.concatenate(parents).astype(np.int32)
+        self.byte = np.concatenate(last_bytes)
+        order = np.argsort(node, kind="stable")
+        self.token, self.node = ids[order], node[order]
 
     @property
     def num_nodes(self) -> int:
         return len(self.byte)
+
+
+def _distinct(values: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the different ones of `values` in order, which of them each is), for values below `end`."""
+    if end > 64 * len(values) + 4096:
+        made, which = np.unique(values, return_inverse=True)
+        return made, which.reshape(-1)
+    there = np.zeros(end, dtype=bool)
+    there[values] = True
+    made = np.flatnonzero(there)
+    number = np.empty(end, dtype=np.int32)
+    number[made] = np.arange(len(made), dtype=np.int32)
+    return made, number[values]
 
 
 def expand(first: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,30 +145,35 @@ def expand(first: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return owner, first[keys][owner] + offsets
 
 
-def _grouped(keys: np.ndarray, values: np.ndarray, num_keys: int) -> tuple[np.ndarray, np.ndarray]:
-    order = np.argsort(keys, kind="stable")
-    first = np.zeros(num_keys + 1, dtype=np.int64)
-    np.cumsum(np.bincount(keys, minlength=num_keys), out=first[1:])
-    return first, values[order]
-
-
-def _common_prefix(a: bytes, b: bytes) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
 # ---- decoders ------------------------------------------------------------------------------------------------------
 
 
-def _decoder(decoder: dict[str, Any] | None) -> Any:
+def _tokens_of(backend: Any, vocab_size: int, special: set[int], decoder: bytes) -> tuple[bytes | None, ...]:
+    """Bytes by id; None for ids below `vocab_size` that no text is spelled with."""
+    to_bytes = _decoder(json.loads(decoder or b"null"))
+    added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+    tokens: list[bytes | None] = [None] * vocab_size
+    for text, token_id in backend.get_vocab(with_added_tokens=True).items():
+        if token_id < vocab_size and token_id not in special:
+            tokens[token_id] = (added[token_id].encode() if token_id in added else to_bytes(text)) or None
+    return tuple(tokens)
+
+
+def _may_be_known(tokenizer: Any) -> bool:
+    try:
+        hash(tokenizer)
+        weakref.ref(tokenizer)
+    except TypeError:
+        return False
+    return True
+
+
+def _decoder(decoder: dict[str, Any] | None) -> Callable[[str], bytes]:
     """How the decoder of a `tokenizers` file turns one token's text into bytes in the middle of a text."""
     steps = decoder.get("decoders", [decoder]) if decoder else []
     kinds = [step["type"] for step in steps]
     if "ByteLevel" in kinds:
-        table = _byte_level_table()
-        return lambda text: b"".join(table[c] if c in table else c.encode() for c in text)
+        return _byte_level
     known = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
     if unknown := set(kinds) - known:
         raise StructureError(
@@ -167,8 +195,19 @@ def _decoder(decoder: dict[str, Any] | None) -> Any:
     return to_bytes
 
 
+def _byte_level(text: str) -> bytes:
+    try:
+        return text.translate(_STAND_INS).encode("latin-1")
+    except UnicodeEncodeError:  # characters that stand for no byte are themselves
+        table = _byte_level_table()
+        return b"".join(table[c] if c in table else c.encode() for c in text)
+
+
 def _byte_level_table() -> dict[str, bytes]:
     """GPT-2's printable stand-ins: bytes that print are themselves, the others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): bytes([b]) for b in printable} | {chr(0x100 + i): bytes([b]) for i, b in enumerate(others)}
+
+
+_STAND_INS = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b[0] for c, b in _byte_level_table().items()}

@@ -86,15 +86,37 @@ def test_trained_byte_level_tokens_cover_every_byte():
 def test_trie_spells_each_token_once():
     tokens = [bytes(np.random.default_rng(i).integers(0, 3, size=i % 6, dtype=np.uint8)) or None for i in range(200)]
     trie = TokenTrie(tokens)
-    found, level = {}, [(0, b"")]
-    while level:
-        node, path = level.pop()
-        for token_id in trie.token[trie.first_token[node] : trie.first_token[node + 1]]:
-            found[int(token_id)] = path
-        children = trie.child[trie.first_child[node] : trie.first_child[node + 1]]
-        assert len({trie.byte[c] for c in children}) == len(children)
-        level += [(int(c), path + bytes([trie.byte[c]])) for c in children]
+    paths = [b""]
+    for node in range(1, trie.num_nodes):
+        paths.append(paths[trie.parent[node]] + bytes([trie.byte[node]]))
+    assert len(set(paths)) == len(paths)
+    assert [len(p) for p in paths] == [n for n in range(len(trie.levels) - 1) for _ in range(*trie.levels[n : n + 2])]
+    found = dict(zip(trie.token.tolist(), (paths[n] for n in trie.node), strict=True))
     assert found == {i: t for i, t in enumerate(tokens) if t is not None}
+    assert set(paths) == {t[:n] for t in tokens if t for n in range(len(t) + 1)}
+
+
+def test_a_vocabulary_is_read_once_until_its_tokenizer_changes():
+    tokenizer = byte_level()
+    eos = [tokenizer.eos_token_id]
+    first = Vocabulary.of(tokenizer, 5000, eos)
+    assert Vocabulary.of(tokenizer, 5000, eos) is first
+    assert Vocabulary.of(tokenizer, 5001, eos) is not first
+    assert Vocabulary.of(byte_level(), 5000, eos) is not first
+    tokenizer.add_tokens(["<tool>"])
+    assert Vocabulary.of(tokenizer, 5000, eos).tokens != first.tokens
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    assert Vocabulary.of(tokenizer, 5000, eos).tokens == first.tokens
+
+
+def test_characters_that_stand_for_no_byte_are_themselves():
+    """What a byte-level decoder's alphabet lacks, below and above U+00FF."""
+    pieces = ["a", "\u0120b", "x y", "\u00ad", "\u6f22\u0120", "\u0143", "\u0144"]
+    backend = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, []))
+    backend.decoder = decoders.ByteLevel()
+    vocabulary = Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=backend), len(pieces), [])
+    expected = [b"a", b" b", b"x y", "\u00ad".encode(), "\u6f22 ".encode(), b"\xad", "\u0144".encode()]
+    assert list(vocabulary.tokens) == expected
 
 
 def test_expand():
