@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_accel.pipeline import AcceleratedPipeline as AcceleratedPipeline
     from hf_accel.sampling_params import SamplingParams as SamplingParams
     from hf_accel.structured.logits_processor import ChoiceLogitsProcessor as ChoiceLogitsProcessor
+    from hf_accel.structured.logits_processor import GrammarLogitsProcessor as GrammarLogitsProcessor
     from hf_accel.structured.logits_processor import JSONSchemaLogitsProcessor as JSONSchemaLogitsProcessor
     from hf_accel.structured.logits_processor import RegexLogitsProcessor as RegexLogitsProcessor
 
@@ -34,6 +35,7 @@ _EXPORTS = {
     "Engine": "hf_accel.engine.engine",
     "EngineConfig": "hf_accel.config",
     "EngineStats": "hf_accel.engine.outputs",
+    "GrammarLogitsProcessor": "hf_accel.structured.logits_processor",
     "JSONSchemaLogitsProcessor": "hf_accel.structured.logits_processor",
     "RegexLogitsProcessor": "hf_accel.structured.logits_processor",
     "RequestOutput": "hf_accel.engine.outputs",

@@ -132,4 +132,6 @@ def constraint_of(params: SamplingParams) -> Constraint | None:
         return Constraint.json_schema(params.json_schema)
     if params.choice is not None:
         return Constraint.choice(params.choice)
+    if params.grammar is not None:
+        return Constraint.grammar(params.grammar)
     return Constraint.json_object() if params.json_object else None

@@ -8,7 +8,7 @@ from hf_accel.engine.constraints import constraint_of
 from hf_accel.sampling_params import SamplingParams
 from hf_accel.structured.logits_processor import ConstraintLogitsProcessor
 
-CONSTRAINTS = ("regex", "json_schema", "choice", "json_object")
+CONSTRAINTS = ("regex", "json_schema", "choice", "grammar", "json_object")
 
 
 def with_constraint(model: Any, keywords: dict[str, Any]) -> dict[str, Any]:

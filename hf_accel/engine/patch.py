@@ -34,7 +34,7 @@ _patched: weakref.WeakKeyDictionary[PreTrainedModel, _Patched] = weakref.WeakKey
 def patch(model: Any, **config: Any) -> Any:
     """Accelerate `model.generate` in place; its signature, return types and answers stay as they are.
 
-    `generate` also takes `regex=`, `json_schema=`, `choice=` or `json_object=True` with `tokenizer=`: see `SamplingParams`.
+    `generate` also takes `regex=`, `json_schema=`, `choice=`, `grammar=` or `json_object=True` with `tokenizer=`: see `SamplingParams`.
     The model's modules, parameters, `state_dict` and attributes are not touched; on CUDA the q, k and v weights of a plain dense
     Llama-like layer come to lie one after the other in memory, as do its gate and up weights, until `unpatch` or `sleep`. KV
     memory is taken at the first call.

@@ -75,7 +75,7 @@ class AcceleratedPipeline(TextGenerationPipeline):
                 `(index of the prompt, piece)` for a list. The pieces of a prompt join to its new text.
             batch_size: prompts handed to the engine at once; for a generator, also how many are read ahead (1 for a source
                 that waits for the previous answer).
-            kwargs: as for HF's pipeline; also `progress=True` or `False`, and `regex=`, `json_schema=`, `choice=` or
+            kwargs: as for HF's pipeline; also `progress=True` or `False`, and `regex=`, `json_schema=`, `choice=`, `grammar=` or
                 `json_object=True`: see `SamplingParams`.
 
         Returns:

@@ -1,7 +1,7 @@
-"""What a user may ask of an output, as one kind of object: a pattern, a JSON Schema, a choice, or any JSON object.
+"""What a user may ask of an output, as one kind of object: a pattern, a JSON Schema, a choice, any JSON object, or a grammar.
 
 Owns the reading of the forms in which people give these (dicts, JSON text, pydantic models, dataclasses, typed dicts, terms of
-outlines). Compiles to byte automata; knows no vocabulary.
+outlines). Compiles to byte automata what is regular; knows no vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from hf_accel.structured.automaton import ByteDfa, compile_node
 from hf_accel.structured.json_schema import compile_json_schema
 from hf_accel.structured.regex import parse_regex
-from hf_accel.structured.syntax import Alt, StructureError, text
+from hf_accel.structured.syntax import Alt, NotRegular, StructureError, text
 
 WHITESPACE = " ?"
 
@@ -30,8 +30,8 @@ class Constraint:
     """A set of texts.
 
     Attributes:
-        kind: "regex", "json_schema" or "choice".
-        value: the pattern, the schema's JSON text, or the JSON list of choices.
+        kind: "regex", "json_schema", "choice" or "grammar".
+        value: the pattern, the schema's JSON text, the JSON list of choices, or the grammar.
         whitespace: for schemas, pattern of what may stand after commas and colons.
     """
 
@@ -64,6 +64,17 @@ class Constraint:
             raise StructureError("a choice needs a list of at least one string")
         return cls("choice", json.dumps(values))
 
+    @classmethod
+    def grammar(cls, text: str) -> Constraint:
+        """Texts of a context-free grammar, in one of two notations.
+
+        * Lark, as llguidance reads it: the rule `start`, terminals in capitals, `%ignore`, `%import common.X`, `/regex/`.
+        * GBNF, as llama.cpp has it (an EBNF with `::=`): the rule `root` (or `start`), "literals", [classes], `* + ? {m,n}`.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise StructureError("a grammar must be a text in Lark's notation or in GBNF")
+        return cls("grammar", text)
+
     @property
     def digest(self) -> str:
         """Equal for constraints that allow the same texts for the same reason."""
@@ -86,6 +97,8 @@ class Constraint:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(constraint: Constraint, counting: bool) -> ByteDfa:
+    if constraint.kind == "grammar":
+        raise NotRegular("a grammar is not regular: it needs the dynamic backend")
     if constraint.kind == "regex":
         return compile_node(parse_regex(constraint.value))
     if constraint.kind == "choice":

@@ -111,6 +111,13 @@ class ChoiceLogitsProcessor(ConstraintLogitsProcessor):
         super().__init__(Constraint.choice(choices), tokenizer, **options)
 
 
+class GrammarLogitsProcessor(ConstraintLogitsProcessor):
+    """Texts of a context-free grammar: Lark's notation or GBNF, see `Constraint.grammar`."""
+
+    def __init__(self, grammar: str, tokenizer: Any, **options: Any) -> None:
+        super().__init__(Constraint.grammar(grammar), tokenizer, **options)
+
+
 class _Memory:
     """Hashes of the rows of the last steps, and their states. On the device; nothing is read back."""
 
