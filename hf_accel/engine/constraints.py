@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_accel.engine.dynamic_rows import DynamicConstraint
 from hf_accel.engine.upload import upload
 from hf_accel.sampling_params import SamplingParams
-from hf_accel.structured.compiler import ConstraintCompiler, cache_folder
+from hf_accel.structured.compiler import Compiled, ConstraintCompiler, cache_folder
 from hf_accel.structured.constraint import Constraint
+from hf_accel.structured.dynamic import DynamicGrammar
 from hf_accel.structured.mask_table import FREE, MaskTable, mask_and_keep_alive
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import TokenFsm
@@ -60,14 +62,13 @@ class ConstrainedRows:
 
     @classmethod
     def among(cls, rows: Sequence[SamplingRow], lengths: Sequence[int], device: torch.device) -> ConstrainedRows | None:
-        """The constrained ones of `rows`, or None if there are none."""
-        found = [(i, row.constraint) for i, row in enumerate(rows) if row.constraint is not None]
+        """Those of `rows` with an automaton, or None if there are none."""
+        found = [(i, row.constraint) for i, row in enumerate(rows) if isinstance(row.constraint, RowConstraint)]
         if not found:
             return None
-        free = torch.full((1,), FREE, dtype=torch.long, device=device)
-        states = [
-            free if r.constraint is None else r.constraint.state(r, n) for r, n in zip(rows, lengths, strict=True)
-        ]
+        states = [torch.full((1,), FREE, dtype=torch.long, device=device)] * len(rows)
+        for i, constraint in found:
+            states[i] = constraint.state(rows[i], lengths[i])
         return cls([i for i, _ in found], [c for _, c in found], torch.cat(states))
 
     def masked(self, scores: Tensor, *, may_be_lost: bool) -> Tensor:
@@ -99,8 +100,8 @@ class EngineConstraints:
         self._compiler: ConstraintCompiler | None = None
         self._table: MaskTable | None = None
 
-    def compile(self, params: SamplingParams) -> TokenFsm | None:
-        """The automaton that `params` ask for, compiled now, in the caller's thread; None without a constraint.
+    def compile(self, params: SamplingParams) -> Compiled | None:
+        """The automaton or grammar that `params` ask for, compiled now, in the caller's thread; None without a constraint.
 
         Raises:
             StructureError: the constraint is not supported, or there is no tokenizer or eos to satisfy it with.
@@ -117,8 +118,10 @@ class EngineConstraints:
             self._compiler = ConstraintCompiler(vocabulary, cache_folder())
         return self._compiler.compile(constraint)
 
-    def open(self, fsm: TokenFsm) -> RowConstraint:
-        """A row at the start of an automaton. Called under the engine's lock."""
+    def open(self, fsm: Compiled) -> RowConstraint | DynamicConstraint:
+        """A row at the start of an automaton or a grammar. Called under the engine's lock."""
+        if isinstance(fsm, DynamicGrammar):
+            return DynamicConstraint(fsm)
         if self._table is None:
             self._table = MaskTable(self._vocab_size, self._eos, self._device)
         return RowConstraint(fsm, self._table)

@@ -21,7 +21,8 @@ from hf_accel.engine.sampled import InvalidLogits
 from hf_accel.patching.registry import ModelSpec
 from hf_accel.request import Request, RequestStatus
 from hf_accel.sampling_params import SamplingParams
-from hf_accel.structured.token_fsm import TokenFsm
+from hf_accel.structured.compiler import Compiled
+from hf_accel.structured.dynamic import DynamicGrammar
 
 
 class Engine(EngineHost):
@@ -115,7 +116,7 @@ class Engine(EngineHost):
         namespace: Hashable,
         priority: int,
         index: int,
-        fsm: TokenFsm | None,
+        fsm: Compiled | None,
     ) -> Request:
         seed = params.seed + index if params.seed is not None else int(torch.randint(1 << 62, ()))
         limit = self.core.executor.runner.spec.max_positions
@@ -133,6 +134,7 @@ class Engine(EngineHost):
             external_sampling=params.max_tokens == 0,
             logits_from=0 if params.prompt_logprobs is not None and index == 0 else None,
             constraint=None if fsm is None else self._constraints.open(fsm),
+            host_constraint=isinstance(fsm, DynamicGrammar),
         )
 
     def generate(

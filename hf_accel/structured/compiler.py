@@ -1,6 +1,6 @@
 """From a constraint and a vocabulary to a token automaton: compiled once, in a thread of its own, kept in memory and on disk.
 
-Owns the caches and the caps. A cached file is plain arrays: nothing in it is executed.
+What has no automaton may become a grammar of the dynamic backend. Owns the caches and the caps. A cached file is plain arrays: nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from hf_accel.structured.constraint import Constraint
-from hf_accel.structured.syntax import CounterConflict
+from hf_accel.structured.dynamic import DynamicBackend, DynamicGrammar, is_allowed
+from hf_accel.structured.syntax import CounterConflict, StructureError
 from hf_accel.structured.token_fsm import TokenFsm, compile_fsm
 from hf_accel.structured.vocabulary import Vocabulary
 
 FORMAT = 1  # of cached files and of what their contents mean
 MEMORY_BYTES = 512 << 20  # of automata kept in memory
 _FIELDS = tuple(TokenFsm.__dataclass_fields__)
+
+Compiled = TokenFsm | DynamicGrammar
 
 
 class ConstraintCompiler:
@@ -37,11 +40,12 @@ class ConstraintCompiler:
     def __init__(self, vocabulary: Vocabulary, folder: Path | None = None) -> None:
         self.vocabulary = vocabulary
         self._folder = folder
+        self._dynamic = DynamicBackend(vocabulary)
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, Future[TokenFsm]] = OrderedDict()
+        self._known: OrderedDict[str, Future[Compiled]] = OrderedDict()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-accel-constraints")
 
-    def submit(self, constraint: Constraint) -> Future[TokenFsm]:
+    def submit(self, constraint: Constraint) -> Future[Compiled]:
         """Start compiling, or find what was compiled; the result, or its StructureError, comes by the future."""
         key = constraint.digest
         with self._lock:
@@ -52,11 +56,11 @@ class ConstraintCompiler:
             self._forget_oldest()
             return future
 
-    def compile(self, constraint: Constraint) -> TokenFsm:
+    def compile(self, constraint: Constraint) -> Compiled:
         """`submit` and wait.
 
         Raises:
-            StructureError: see `Constraint.compile` and `compile_fsm`.
+            StructureError: see `Constraint.compile`, `compile_fsm` and `DynamicBackend.compile`.
         """
         return self.submit(constraint).result()
 
@@ -69,17 +73,27 @@ class ConstraintCompiler:
             del self._known[key]
             total -= num_bytes
 
-    def _compile(self, constraint: Constraint) -> TokenFsm:
+    def _compile(self, constraint: Constraint) -> Compiled:
         path = self._path(constraint)
         if path is not None and (fsm := load(path)) is not None:
             return fsm
         try:
-            fsm = compile_fsm(constraint.compile(), self.vocabulary)
+            fsm = self._automaton(constraint)
+        except StructureError as error:
+            if not is_allowed(error, constraint.kind):
+                raise
+            refusal = error
+        else:
+            if path is not None:
+                save(fsm, path)
+            return fsm
+        return self._dynamic.compile(constraint, refusal)
+
+    def _automaton(self, constraint: Constraint) -> TokenFsm:
+        try:
+            return compile_fsm(constraint.compile(), self.vocabulary)
         except CounterConflict:
-            fsm = compile_fsm(constraint.compile(counting=False), self.vocabulary)
-        if path is not None:
-            save(fsm, path)
-        return fsm
+            return compile_fsm(constraint.compile(counting=False), self.vocabulary)
 
     def _path(self, constraint: Constraint) -> Path | None:
         if self._folder is None:

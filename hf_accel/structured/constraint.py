@@ -20,7 +20,7 @@ from typing import Any
 from hf_accel.structured.automaton import ByteDfa, compile_node
 from hf_accel.structured.json_schema import compile_json_schema
 from hf_accel.structured.regex import parse_regex
-from hf_accel.structured.syntax import Alt, NotRegular, StructureError, text
+from hf_accel.structured.syntax import Alt, NothingMatches, NotRegular, StructureError, text
 
 WHITESPACE = " ?"
 
@@ -91,7 +91,7 @@ class Constraint:
         """
         dfa = _compiled(self, counting)
         if dfa.is_empty:
-            raise StructureError(f"the {self.kind} {self.value!r} matches no text at all")
+            raise NothingMatches(f"the {self.kind} {self.value!r} matches no text at all")
         return dfa
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hf_accel.structured.compiler import ConstraintCompiler, cache_folder
 from hf_accel.structured.constraint import WHITESPACE, Constraint
-from hf_accel.structured.mask_table import DONE, MaskTable, mask_and_keep_alive
+from hf_accel.structured.dynamic import DynamicGrammar
+from hf_accel.structured.dynamic_rows import DynamicRows
+from hf_accel.structured.mask_table import DONE, FREE, MaskTable, mask_and_keep_alive
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.vocabulary import Vocabulary
 
@@ -47,6 +49,7 @@ class ConstraintLogitsProcessor:
         self._vocabulary = vocabulary
         self._tables: dict[torch.device, MaskTable] = {}
         self._memory: _Memory | None = None
+        self._dynamic = DynamicRows()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Masked scores [num_rows, vocab_size] for rows of token ids [num_rows, length].
@@ -57,27 +60,46 @@ class ConstraintLogitsProcessor:
             ValueError: the rows cannot be shared out among the constraints.
         """
         table = self._table(scores.device)
-        starts = self._starts(table, input_ids.shape[0])
-        states = self._states(table, input_ids, starts)
-        return mask_and_keep_alive(table, scores, states)
+        num_rows = input_ids.shape[0]
+        starts = self._starts(table, num_rows)
+        dynamic = self._dynamic_rows(num_rows)
+        ended = self._dynamic.enter(input_ids, dynamic) if dynamic else []
+        states, over = self._states(table, input_ids, starts, all(ended))
+        if dynamic and all(ended) and bool(over):
+            self._dynamic.restart()
+        masked = mask_and_keep_alive(table, scores, states) if len(dynamic) < num_rows else scores
+        return self._dynamic.masks(scores.device).masked(masked, may_be_lost=True) if dynamic else masked
 
-    def _states(self, table: MaskTable, input_ids: Tensor, starts: Tensor) -> Tensor:
+    def _states(
+        self, table: MaskTable, input_ids: Tensor, starts: Tensor, others_ended: bool
+    ) -> tuple[Tensor, Tensor | bool]:
+        """The automata's states, and whether the rows are the prompts of another call."""
         ids = input_ids.long()
-        before = _hash(ids[:, :-1])
+        whose = torch.arange(len(ids), device=ids.device) // (len(ids) // len(self._fsms)) * _MULTIPLIER
+        before = _hash(ids[:, :-1]) + whose
         if self._memory is None or self._memory.device != ids.device:
             self._memory = _Memory(ids.device)
         found, known = self._memory.find(before)
         states = torch.where(found, table.advance(known, ids[:, -1]), starts)
         # A call ends when all its rows are done: rows that go on from there are the prompts of another.
-        states = torch.where((states == DONE).all(), starts, states)
-        self._memory.add(_hash(ids), states)
-        return states
+        over = ((states == DONE) | (states == FREE)).all() if others_ended else False
+        states = torch.where(over, starts, states) if others_ended else states
+        self._memory.add(_hash(ids) + whose, states)
+        return states, over
+
+    def _dynamic_rows(self, num_rows: int) -> dict[int, tuple[DynamicGrammar, int]]:
+        """The rows of dynamic constraints, and each one's constraint with its number."""
+        each = num_rows // len(self._fsms)
+        found = {i: (self._fsms[i // each], i // each) for i in range(num_rows)}
+        return {i: (fsm, which) for i, (fsm, which) in found.items() if isinstance(fsm, DynamicGrammar)}
 
     def _starts(self, table: MaskTable, num_rows: int) -> Tensor:
         num = len(self._fsms)
         if num_rows % num:
             raise ValueError(f"{num_rows} rows cannot be shared out among {num} constraints: give one for each prompt")
-        starts = torch.tensor([table.start(fsm) for fsm in self._fsms], device=table.device)
+        starts = torch.tensor(
+            [FREE if isinstance(fsm, DynamicGrammar) else table.start(fsm) for fsm in self._fsms], device=table.device
+        )
         return starts.repeat_interleave(num_rows // num)
 
     def _table(self, device: torch.device) -> MaskTable:

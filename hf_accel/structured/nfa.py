@@ -55,9 +55,7 @@ class Nfa:
         return len(self.edges) - 1
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(
-            "the constraint unrolls to too many states: use smaller bounds on repetitions and lengths"
-        )
+        return TooLarge("the constraint unrolls to too many states: use smaller bounds on repetitions and lengths")
 
     def add(self, node: Node) -> tuple[int, int]:
         """Add a tree; returns where it starts and where it ends."""

@@ -1,0 +1,61 @@
+"""GBNF becomes Lark's notation with the same texts, or is refused with its line."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+
+from hf_accel.structured.constraint import Constraint
+from hf_accel.structured.gbnf import is_gbnf, to_lark
+from hf_accel.structured.syntax import StructureError
+
+from .grammars import ARITHMETIC, ARITHMETIC_GBNF, accepts, compiled
+
+AS_REGEX = [
+    (r'root ::= "a" | "b" root', r"b*a"),
+    (r'root ::= ("a" "b"?)+', r"(ab?)+"),
+    (r'root ::= "a"{2} [bc]{1,2}' + "\n", r"a{2}[bc]{1,2}"),
+    (r'root ::= "a"{2,} | ""', r"(a{2,})?"),
+    ('root ::= x-1 "c" # comment "\nx-1 ::= |\n  [^ab] | "b"', r"(b|[^ab])?c"),
+    ("start ::= [a-b-] . 'c'*", r"[ab-](?s:.)c*"),
+    (r'root ::= [\x61\u0062] "\x2d\"" | "\\" "\]"', r'[ab]-"|\\\]'),
+    ('root ::= ( ("a") | ("b" "c")* )?', r"a|(bc)*"),
+]
+
+
+@pytest.mark.parametrize(("grammar", "pattern"), AS_REGEX)
+def test_texts_are_those_of_an_equal_regex(grammar, pattern):
+    pytest.importorskip("llguidance")
+    found = compiled(Constraint.grammar(grammar))
+    alphabet = 'abc-\\"]\n'
+    texts = ["".join(t) for n in range(5) for t in itertools.product(alphabet if n < 3 else "abc", repeat=n)]
+    taken = [t for t in texts if accepts(found, t)]
+    assert taken == [t for t in texts if re.fullmatch(pattern, t)] and taken
+
+
+def test_notations_are_told_apart():
+    assert is_gbnf(ARITHMETIC_GBNF) and not is_gbnf(ARITHMETIC)
+    assert not is_gbnf('start: "x ::= y"')
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        ("root ::= foo", "line 1 names the rule 'foo'"),
+        ('root ::= "a"\n\nroot ::= "b"', "line 3: the rule 'root' is there twice"),
+        ('x ::= "a"', "no rule named root"),
+        ('root ::= "a" %', "line 1: '%' is no part of GBNF"),
+        ('root ::= ("a"', "a . is missing"),
+        ('root ::= "a")', "too many"),
+        ("root ::= * x", "nothing stands before"),
+        (r'root ::= "\q"', r"escape .q is not known"),
+        (r'root ::= "\ud800"', "no character"),
+        ('root ::= "a" ;', "no part of GBNF"),
+        ("foo root ::= x", "begins with its name"),
+    ],
+)
+def test_what_is_no_gbnf_is_refused_with_its_line(grammar, message):
+    with pytest.raises(StructureError, match=message):
+        to_lark(grammar)
