@@ -14,6 +14,7 @@ import hf_accel
 from hf_accel import Engine, GrammarLogitsProcessor, SamplingParams
 from hf_accel.config import FaultInjection
 from hf_accel.structured.syntax import StructureError
+from hf_accel_kernels.cpu import library
 
 from ..structured.grammars import ARITHMETIC, ARITHMETIC_GBNF, TREE, scan_arithmetic
 from ..tiny import make_tiny_llama
@@ -38,6 +39,7 @@ def model(tokenizer):
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
+    library.load()  # from where it is kept
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 

@@ -15,9 +15,11 @@ from hf_accel import GrammarLogitsProcessor, JSONSchemaLogitsProcessor
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.logits_processor import ConstraintLogitsProcessor
 from hf_accel.structured.syntax import StructureError
+from hf_accel.structured.vocabulary import Vocabulary
+from hf_accel_kernels.cpu import library
 
 from ..tiny import make_tiny_llama
-from .grammars import ARITHMETIC, TREE, scan_arithmetic
+from .grammars import ARITHMETIC, TREE, allowed, compiled, scan_arithmetic
 
 pytest.importorskip("llguidance")
 
@@ -39,6 +41,7 @@ def model(tokenizer):
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
+    library.load()  # from where it is kept
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -107,7 +110,7 @@ def test_rows_of_two_automata_with_equal_prompts_keep_their_own(model, tokenizer
     assert first == "aaa" and len(second) == 2 and second.isdigit()
 
 
-def allowed(processor, rows: list[list[int]], width: int) -> list[set[int]]:
+def allowed_by(processor, rows: list[list[int]], width: int) -> list[set[int]]:
     masked = processor(torch.tensor(rows), torch.zeros(len(rows), width))
     return [set(torch.isfinite(row).nonzero().flatten().tolist()) for row in masked]
 
@@ -115,22 +118,23 @@ def allowed(processor, rows: list[list[int]], width: int) -> list[set[int]]:
 def test_rows_may_be_permuted_repeated_and_taken_back(tokenizer, arithmetic):
     """As beams and assisted decoding do: each row's mask is that of its own text."""
     width, prompt = len(tokenizer) + 5, [[40, 41], [42, 43]]
+    vocabulary = Vocabulary.of(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    grammar = compiled(Constraint.grammar(ARITHMETIC), vocabulary)
     ids = {c: tokenizer.convert_tokens_to_ids(c) for c in "1(+)"}
 
     def expected(text: str) -> set[int]:
-        tokens = [[7, *(ids[c] for c in text[:i])] for i in range(len(text) + 1)]
-        return [allowed(GrammarLogitsProcessor(ARITHMETIC, tokenizer), tokens[:1], width)] and [
-            allowed(walker, [t], width)[0] for walker in [GrammarLogitsProcessor(ARITHMETIC, tokenizer)] for t in tokens
-        ][-1]
+        matcher = grammar.matcher()
+        matcher.move_to([ids[c] for c in text])
+        return allowed(matcher)
 
     def rows(*texts: tuple[int, str]) -> list[list[int]]:
         return [prompt[p] + [ids[c] for c in text] for p, text in texts]
 
-    start = allowed(arithmetic, rows((0, ""), (1, "")), width)
+    start = allowed_by(arithmetic, rows((0, ""), (1, "")), width)
     assert start[0] == start[1] == expected("")
     steps = [((0, "1"), (1, "(")), ((1, "(1"), (1, "(("), (0, "1+")), ((1, "((("), (0, "1+1"), (1, "(1)"), (1, "(1+"))]
     for step in [*steps, steps[1], steps[2]]:
-        assert allowed(arithmetic, rows(*step), width) == [expected(text) for _, text in step]
+        assert allowed_by(arithmetic, rows(*step), width) == [expected(text) for _, text in step]
 
 
 def test_several_ends_of_sequence(model, tokenizer):
