@@ -34,12 +34,13 @@ class SamplingParams:
         prompt_logprobs: the same for prompt tokens; their positions are computed, not taken from the prefix cache.
         logit_bias: token id -> value added to its logit.
         logits_processors: callables `(token_ids, logits) -> logits` that see the whole history; applied first.
-        regex: the output is a text that `re.fullmatch(regex, text)` matches. Needs a tokenizer, as do the next four, of
+        regex: the output is a text that `re.fullmatch(regex, text)` matches. Needs a tokenizer, as do the next five, of
             which only one may be given. Eos is allowed where the text is complete, also with `ignore_eos`.
         json_schema: the output is JSON that a schema allows: a dict, JSON text, pydantic model, dataclass, TypedDict or type.
         choice: the output is one of these texts.
         json_object: the output is any JSON object.
         grammar: the output is a text of this grammar (Lark's notation, or GBNF). Needs the extra `grammar`.
+        constraint: what says by itself what it is: an output type of outlines, a `Constraint`, a schema or a type.
 
     Raises:
         ValueError: for a value out of range, with the allowed range.
@@ -68,6 +69,7 @@ class SamplingParams:
     choice: Sequence[str] | None = None
     json_object: bool = False
     grammar: str | None = None
+    constraint: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -99,7 +101,7 @@ class SamplingParams:
             )
         _check(all(self.stop), "stop", self.stop, "non-empty strings")
         if self.num_constraints > 1:
-            raise ValueError("give only one of regex, json_schema, choice, grammar and json_object")
+            raise ValueError("give only one of regex, json_schema, choice, grammar, json_object and constraint")
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or more, or None")
         _check(
             self.prompt_logprobs is None or self.prompt_logprobs >= 0,
@@ -115,8 +117,8 @@ class SamplingParams:
 
     @property
     def num_constraints(self) -> int:
-        """How many of `regex`, `json_schema`, `choice`, `grammar` and `json_object` are given."""
-        given = (self.regex, self.json_schema, self.choice, self.grammar)
+        """How many of `regex`, `json_schema`, `choice`, `grammar`, `json_object` and `constraint` are given."""
+        given = (self.regex, self.json_schema, self.choice, self.grammar, self.constraint)
         return sum(v is not None for v in given) + bool(self.json_object)
 
     @property

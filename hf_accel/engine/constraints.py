@@ -6,7 +6,7 @@ step that failed, a request that begins again) the state is found again from the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor
 from hf_accel.engine.dynamic_rows import DynamicConstraint
 from hf_accel.engine.upload import upload
 from hf_accel.sampling_params import SamplingParams
-from hf_accel.structured.compiler import Compiled, ConstraintCompiler, cache_folder
+from hf_accel.structured.compiler import Compiled, compiler_for
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.dynamic import DynamicGrammar
 from hf_accel.structured.mask_table import FREE, MaskTable, mask_and_keep_alive
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import TokenFsm
-from hf_accel.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from hf_accel.engine.logits_edits import SamplingRow
@@ -97,29 +96,32 @@ class EngineConstraints:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos, self._device = tuple(sorted(eos_token_ids)), device
-        self._compiler: ConstraintCompiler | None = None
         self._table: MaskTable | None = None
 
     def compile(self, params: SamplingParams) -> Compiled | None:
-        """The automaton or grammar that `params` ask for, compiled now, in the caller's thread; None without a constraint.
+        """What `params` ask for, compiled, or None without a constraint. Waits for a thread that compiles; holds no lock.
 
         Raises:
             StructureError: the constraint is not supported, or there is no tokenizer or eos to satisfy it with.
         """
-        constraint = constraint_of(params)
-        if constraint is None:
-            return None
-        if self._compiler is None:
-            if self._tokenizer is None:
-                raise StructureError("a constraint needs a tokenizer: Engine(model, tokenizer)")
-            if not self._eos:
-                raise StructureError("a constraint needs an end of sequence: set model.generation_config.eos_token_id")
-            vocabulary = Vocabulary.of(self._tokenizer, self._vocab_size, self._eos)
-            self._compiler = ConstraintCompiler(vocabulary, cache_folder())
-        return self._compiler.compile(constraint)
+        return self.compile_all([params])[0]
+
+    def compile_all(self, each: Sequence[SamplingParams]) -> list[Compiled | None]:
+        """`compile` for several requests, equal constraints once."""
+        known = {id(params): constraint_of(params) for params in each}
+        constraints = [known[id(params)] for params in each]
+        if not any(constraints):
+            return [None] * len(each)
+        if self._tokenizer is None:
+            raise StructureError("a constraint needs a tokenizer: Engine(model, tokenizer)")
+        if not self._eos:
+            raise StructureError("a constraint needs an end of sequence: set model.generation_config.eos_token_id")
+        compiler = compiler_for(self._tokenizer, self._eos, self._vocab_size)
+        futures = [None if c is None else compiler.submit(c) for c in constraints]
+        return [None if f is None else f.result() for f in futures]
 
     def open(self, fsm: Compiled) -> RowConstraint | DynamicConstraint:
-        """A row at the start of an automaton or a grammar. Called under the engine's lock."""
+        """A row at the start of what was compiled, no wider than the logits. Called under the engine's lock."""
         if isinstance(fsm, DynamicGrammar):
             return DynamicConstraint(fsm)
         if self._table is None:
@@ -129,12 +131,19 @@ class EngineConstraints:
 
 def constraint_of(params: SamplingParams) -> Constraint | None:
     """What `params` ask of the output. Raises StructureError for what is no constraint."""
-    if params.regex is not None:
-        return Constraint.regex(params.regex)
-    if params.json_schema is not None:
-        return Constraint.json_schema(params.json_schema)
-    if params.choice is not None:
-        return Constraint.choice(params.choice)
-    if params.grammar is not None:
-        return Constraint.grammar(params.grammar)
-    return Constraint.json_object() if params.json_object else None
+    return constraint_from({name: getattr(params, name) for name in CONSTRAINTS})
+
+
+CONSTRAINTS = ("regex", "json_schema", "choice", "grammar", "json_object", "constraint")
+"""Names by which a constraint is given, to a request or to `generate`."""
+
+
+def constraint_from(given: Mapping[str, Any]) -> Constraint | None:
+    """The constraint that was given by one of `CONSTRAINTS`; None if by none. Raises StructureError for what is none."""
+    for name in CONSTRAINTS:
+        value = given.get(name)
+        if name == "json_object" and value:
+            return Constraint.json_object()
+        if name != "json_object" and value is not None:
+            return Constraint.of(value) if name == "constraint" else getattr(Constraint, name)(value)
+    return None

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from hf_accel.config import EngineConfig
 from hf_accel.engine import scoring
 from hf_accel.engine.async_stream import iterate_in_thread
-from hf_accel.engine.constraints import EngineConstraints
+from hf_accel.engine.constraints import EngineConstraints, RowConstraint
+from hf_accel.engine.dynamic_rows import DynamicConstraint
 from hf_accel.engine.executor import StepResult
 from hf_accel.engine.group import OutputGroup, make_output
 from hf_accel.engine.host import EngineHost
@@ -87,12 +88,18 @@ class Engine(EngineHost):
         """
         params = params or SamplingParams()
         text, token_ids = self._prompts.read(prompt, input_ids, params)
-        return self._queue(text, token_ids, params, priority, (self.begin_request(), cache_salt))
+        fsm = self._constraints.compile(params)
+        return self._queue(text, token_ids, params, priority, (self.begin_request(), cache_salt), fsm)
 
     def _queue(
-        self, text: str | None, token_ids: list[int], params: SamplingParams, priority: int, namespace: Hashable
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        namespace: Hashable,
+        fsm: Compiled | None,
     ) -> int:
-        fsm = self._constraints.compile(params)
         with self.core.lock:
             group: OutputGroup | None = None
             for index in range(params.n):
@@ -137,6 +144,11 @@ class Engine(EngineHost):
             host_constraint=isinstance(fsm, DynamicGrammar),
         )
 
+    def open_constraint(self, fsm: Compiled) -> RowConstraint | DynamicConstraint:
+        """A row's constraint for `open_row`, of an automaton not wider than the logits."""
+        with self.core.lock:
+            return self._constraints.open(fsm)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -165,15 +177,14 @@ class Engine(EngineHost):
             )
         each = [one or SamplingParams() for one in each]
         read = [self._prompts.read(prompt, None, one) for prompt, one in zip(batch, each, strict=True)]
-        for one in each:
-            self._constraints.compile(one)  # what is refused is refused before anything is queued
+        compiled = self._constraints.compile_all(each)  # what is refused is refused before anything is queued
         namespace = (self.begin_request(), None)
         ids: list[int] = []
         disable = (len(batch) <= 8 or None) if use_tqdm is None else not use_tqdm  # None: only on a terminal
         try:
             with tqdm(total=len(batch), disable=disable, desc="generate", unit="prompt") as bar, self.core.driving():
-                for (text, token_ids), one in zip(read, each, strict=True):
-                    ids.append(self._queue(text, token_ids, one, 0, namespace))
+                for (text, token_ids), one, fsm in zip(read, each, compiled, strict=True):
+                    ids.append(self._queue(text, token_ids, one, 0, namespace, fsm))
                 groups = [self._groups[i] for i in ids]
                 num_done = 0
                 while num_done < len(groups):

@@ -104,6 +104,7 @@ class EngineHost:
         eos: frozenset[int],
         external: bool,
         logits_from: int | None = None,
+        constraint: Any = None,
     ) -> Request:
         """Queue one row of a call; `external` rows get their logits by `core.next_logits`. Close it with `close_rows`."""
         return self.core.add(
@@ -117,6 +118,8 @@ class EngineHost:
                 eos_token_ids=eos,
                 external_sampling=external,
                 logits_from=logits_from,
+                constraint=constraint,
+                host_constraint=getattr(constraint, "needs_host", False),
             )
         )
 

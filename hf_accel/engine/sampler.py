@@ -45,7 +45,7 @@ class Sampler:
             processor is that row's `error`.
         """
         assert logits.dim() == 2 and logits.shape[0] == len(rows)
-        if logits.device.type == "cpu" and all(row.params.plain_greedy for row in rows):
+        if logits.device.type == "cpu" and all(row.params.plain_greedy and row.constraint is None for row in rows):
             return _greedy_on_host(logits)
         return self.begin(logits, rows, [len(row.token_ids) for row in rows]).finish()
 

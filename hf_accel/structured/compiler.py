@@ -9,10 +9,13 @@ import contextlib
 import os
 import tempfile
 import threading
+import weakref
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +27,7 @@ from hf_accel.structured.vocabulary import Vocabulary
 
 FORMAT = 1  # of cached files and of what their contents mean
 MEMORY_BYTES = 512 << 20  # of automata kept in memory
+MAX_COMPILERS = 8  # of one tokenizer
 _FIELDS = tuple(TokenFsm.__dataclass_fields__)
 
 Compiled = TokenFsm | DynamicGrammar
@@ -99,6 +103,43 @@ class ConstraintCompiler:
         if self._folder is None:
             return None
         return self._folder / f"fsm_{FORMAT}_{constraint.digest[:24]}_{self.vocabulary.digest[:24]}.npz"
+
+
+_compilers: weakref.WeakKeyDictionary[Any, OrderedDict[object, ConstraintCompiler]] = weakref.WeakKeyDictionary()
+_compilers_lock = threading.Lock()
+
+
+def compiler_for(tokenizer: Any, eos_token_ids: Iterable[int], vocab_size: int | None = None) -> ConstraintCompiler:
+    """The process's compiler for a tokenizer and its ends; whoever asks for the same shares it.
+
+    Ids past the tokenizer's last token are never allowed, so that logits of any greater width share one.
+
+    Args:
+        tokenizer: a fast HF tokenizer.
+        eos_token_ids: ids that end a generation.
+        vocab_size: width of the logits; None: no less than the tokenizer has tokens.
+
+    Raises:
+        StructureError: there is no end of sequence; or see `Vocabulary.of`.
+    """
+    eos = tuple(sorted({i for i in eos_token_ids if vocab_size is None or i < vocab_size}))
+    if not eos:
+        raise StructureError(
+            "a constraint needs an end of sequence: give eos_token_ids, or set generation_config.eos_token_id"
+        )
+    size = max(len(tokenizer), eos[-1] + 1)
+    size = size if vocab_size is None else min(size, vocab_size)
+    folder = cache_folder()
+    special = tuple(getattr(tokenizer, "all_special_ids", ()))
+    key = (size, eos, folder, len(tokenizer), special)
+    with _compilers_lock:
+        known = _compilers.setdefault(tokenizer, OrderedDict())
+        if key not in known:
+            known[key] = ConstraintCompiler(Vocabulary.of(tokenizer, size, eos), folder)
+        known.move_to_end(key)
+        while len(known) > MAX_COMPILERS:
+            known.popitem(last=False)
+        return known[key]
 
 
 def save(fsm: TokenFsm, path: Path) -> None:

@@ -72,6 +72,16 @@ class DynamicRows:
         self._place()
         return [matcher.done for matcher in self._placed]
 
+    def knows(self, input_ids: Tensor, grammars: dict[int, tuple[DynamicGrammar, int]]) -> bool:
+        """Whether one of the dynamic rows goes on from a row of an earlier step. Arguments as `enter`'s."""
+        ids = np.ascontiguousarray(input_ids.detach().cpu().numpy().astype(np.int64))
+        return any(self._find((which, _digest(ids[i, :-1]))) is not None for i, (_, which) in grammars.items())
+
+    def remember(self, input_ids: Tensor, grammars: dict[int, tuple[DynamicGrammar, int]], start: int) -> None:
+        """Rows of a step that was done elsewhere, whose outputs begin at `start`."""
+        ids = np.ascontiguousarray(input_ids.detach().cpu().numpy().astype(np.int64))
+        self._history.append({(which, _digest(ids[i])): start for i, (_, which) in grammars.items()})
+
     def restart(self) -> None:
         """The rows entered are prompts."""
         self._starts = [self._ids.shape[1]] * len(self._rows)

@@ -1,26 +1,29 @@
 """Constraints as logits processors for plain `model.generate(..., logits_processor=[...])`.
 
 A row's state is found again from its token ids: by a hash of all tokens but the last among those of earlier steps. So rows may
-be permuted (beams), repeated, or come with lengths that jump (assisted decoding), and one object serves any number of calls.
+be permuted (beams), repeated, or come with lengths that jump (assisted decoding), and one object serves any number of calls, from
+any number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_accel.structured.compiler import ConstraintCompiler, cache_folder
+from hf_accel.structured.compiler import Compiled, compiler_for
 from hf_accel.structured.constraint import WHITESPACE, Constraint
 from hf_accel.structured.dynamic import DynamicGrammar
 from hf_accel.structured.dynamic_rows import DynamicRows
 from hf_accel.structured.mask_table import DONE, FREE, MaskTable, mask_and_keep_alive
-from hf_accel.structured.syntax import StructureError
-from hf_accel.structured.vocabulary import Vocabulary
+from hf_accel.structured.token_fsm import TokenFsm
 
 _HISTORY = 64  # steps whose rows are remembered
+_THREADS = 256  # whose steps are
+_making_tables = threading.Lock()
 _MULTIPLIER = -7046029254386353131  # odd, as int64
 
 
@@ -28,7 +31,8 @@ class ConstraintLogitsProcessor:
     """Lets through only tokens with which the generated text can still satisfy its constraint.
 
     Args:
-        constraints: one for all rows, or one for each row of the batch (a row's samples and beams share its own).
+        constraints: one for all rows, or one for each row of the batch (a row's samples and beams share its own); None leaves
+            a row free. Whatever `Constraint.of` reads.
         tokenizer: a fast HF tokenizer.
         eos_token_ids: ids that may end a text that is complete; the tokenizer's by default.
 
@@ -36,20 +40,29 @@ class ConstraintLogitsProcessor:
         StructureError: a constraint is not supported, or this vocabulary cannot spell it.
     """
 
-    def __init__(
-        self, constraints: Constraint | Sequence[Constraint], tokenizer: Any, eos_token_ids: Iterable[int] | None = None
-    ) -> None:
-        self._constraints = [constraints] if isinstance(constraints, Constraint) else list(constraints)
+    def __init__(self, constraints: Any, tokenizer: Any, eos_token_ids: Iterable[int] | None = None) -> None:
+        several = isinstance(constraints, (list, tuple))
+        self._constraints = [
+            None if c is None else Constraint.of(c) for c in (constraints if several else [constraints])
+        ]
         eos = [tokenizer.eos_token_id] if eos_token_ids is None else list(eos_token_ids)
-        if not eos or None in eos:
-            raise StructureError("a constraint needs an end of sequence: give eos_token_ids")
-        vocabulary = Vocabulary.of(tokenizer, len(tokenizer), eos)
-        compiler = ConstraintCompiler(vocabulary, cache_folder())
-        self._fsms = [compiler.compile(c) for c in self._constraints]
-        self._vocabulary = vocabulary
+        compiler = compiler_for(tokenizer, [e for e in eos if e is not None])
+        futures = [None if c is None else compiler.submit(c) for c in self._constraints]
+        self._fsms = [None if f is None else f.result() for f in futures]
+        self._vocabulary = compiler.vocabulary
         self._tables: dict[torch.device, MaskTable] = {}
-        self._memory: _Memory | None = None
-        self._dynamic = DynamicRows()
+        self._histories: dict[int, _History] = {}  # by thread: the steps of one call are all of one
+        self._unfinished: _Unfinished | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the automata; wider logits are masked there."""
+        return self._vocabulary.size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What may end a text."""
+        return self._vocabulary.eos_token_ids
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Masked scores [num_rows, vocab_size] for rows of token ids [num_rows, length].
@@ -59,54 +72,105 @@ class ConstraintLogitsProcessor:
         Raises:
             ValueError: the rows cannot be shared out among the constraints.
         """
-        table = self._table(scores.device)
-        num_rows = input_ids.shape[0]
-        starts = self._starts(table, num_rows)
-        dynamic = self._dynamic_rows(num_rows)
-        ended = self._dynamic.enter(input_ids, dynamic) if dynamic else []
+        num_rows, table = input_ids.shape[0], self._table(scores.device)
+        starts, dynamic = self._starts(table, num_rows), self._dynamic_rows(num_rows)
+        rows = self._history().dynamic
+        ended = rows.enter(input_ids, dynamic) if dynamic else []
         states, over = self._states(table, input_ids, starts, all(ended))
         if dynamic and all(ended) and bool(over):
-            self._dynamic.restart()
+            rows.restart()
         masked = mask_and_keep_alive(table, scores, states) if len(dynamic) < num_rows else scores
-        return self._dynamic.masks(scores.device).masked(masked, may_be_lost=True) if dynamic else masked
+        return rows.masks(scores.device).masked(masked, may_be_lost=True) if dynamic else masked
+
+    def reset(self) -> None:
+        """Forget earlier calls: the next one begins anew, even on rows that an earlier one left unfinished."""
+        self._histories, self._unfinished = {}, None
+
+    # ---- for whoever applies the constraints itself --------------------------------------------------------------
+
+    def compiled(self, num_rows: int) -> list[Compiled | None]:
+        """The constraint of each row of a batch. Raises ValueError if they cannot be shared out."""
+        num = len(self._fsms)
+        if num_rows % num:
+            raise ValueError(f"{num_rows} rows cannot be shared out among {num} constraints: give one for each prompt")
+        return [fsm for fsm in self._fsms for _ in range(num_rows // num)]
+
+    def begins(self, input_ids: Tensor) -> bool:
+        """Whether a call on these prompts [num_rows, length] begins anew: none goes on from a row of an earlier call."""
+        left = self._unfinished
+        if left is not None and left.holds(input_ids):
+            self._recall(left)
+        history, dynamic = self._history(), self._dynamic_rows(len(input_ids))
+        memory = history.memory(input_ids.device)
+        before = _hash(input_ids.long()[:, :-1]) + self._whose(input_ids)
+        return not bool(memory.find(before)[0].any()) and not (dynamic and history.dynamic.knows(input_ids, dynamic))
+
+    def was_applied(self, sequences: Tensor, num_prompt_tokens: int) -> None:
+        """Another has generated these rows [num_rows, length] under `compiled`: a later call may go on from them."""
+        self._unfinished = _Unfinished(sequences, num_prompt_tokens)
+
+    def _recall(self, rows: _Unfinished) -> None:
+        table, before, self._unfinished = self._table(rows.sequences.device), rows.sequences[:, :-1], None
+        outputs = before[:, rows.num_prompt_tokens :].tolist()
+        states = [
+            table.state_after(fsm, output) if isinstance(fsm, TokenFsm) else FREE
+            for fsm, output in zip(self.compiled(len(outputs)), outputs, strict=True)
+        ]
+        history, dynamic = self._history(), self._dynamic_rows(len(outputs))
+        whose = self._whose(before)
+        history.memory(before.device).add(_hash(before.long()) + whose, torch.tensor(states, device=before.device))
+        if dynamic:
+            history.dynamic.remember(before, dynamic, rows.num_prompt_tokens)
+
+    # ---- inside --------------------------------------------------------------------------------------------------
 
     def _states(
         self, table: MaskTable, input_ids: Tensor, starts: Tensor, others_ended: bool
     ) -> tuple[Tensor, Tensor | bool]:
         """The automata's states, and whether the rows are the prompts of another call."""
-        ids = input_ids.long()
-        whose = torch.arange(len(ids), device=ids.device) // (len(ids) // len(self._fsms)) * _MULTIPLIER
-        before = _hash(ids[:, :-1]) + whose
-        if self._memory is None or self._memory.device != ids.device:
-            self._memory = _Memory(ids.device)
-        found, known = self._memory.find(before)
+        ids, whose = input_ids.long(), self._whose(input_ids)
+        memory = self._history().memory(ids.device)
+        found, known = memory.find(_hash(ids[:, :-1]) + whose)
         states = torch.where(found, table.advance(known, ids[:, -1]), starts)
         # A call ends when all its rows are done: rows that go on from there are the prompts of another.
         over = ((states == DONE) | (states == FREE)).all() if others_ended else False
         states = torch.where(over, starts, states) if others_ended else states
-        self._memory.add(_hash(ids) + whose, states)
+        memory.add(_hash(ids) + whose, states)
         return states, over
+
+    def _whose(self, input_ids: Tensor) -> Tensor:
+        """[num_rows] int64: tells rows of equal tokens and different constraints apart."""
+        each = len(input_ids) // len(self._fsms)
+        return torch.arange(len(input_ids), device=input_ids.device) // max(each, 1) * _MULTIPLIER
+
+    def _history(self) -> _History:
+        """This thread's."""
+        known, thread = self._histories, threading.get_ident()
+        if thread not in known:
+            known[thread] = _History()
+            for old in list(known)[:-_THREADS]:
+                known.pop(old, None)
+        return known[thread]
 
     def _dynamic_rows(self, num_rows: int) -> dict[int, tuple[DynamicGrammar, int]]:
         """The rows of dynamic constraints, and each one's constraint with its number."""
         each = num_rows // len(self._fsms)
-        found = {i: (self._fsms[i // each], i // each) for i in range(num_rows)}
-        return {i: (fsm, which) for i, (fsm, which) in found.items() if isinstance(fsm, DynamicGrammar)}
+        rows = enumerate(self.compiled(num_rows))
+        return {i: (fsm, i // each) for i, fsm in rows if isinstance(fsm, DynamicGrammar)}
 
     def _starts(self, table: MaskTable, num_rows: int) -> Tensor:
-        num = len(self._fsms)
-        if num_rows % num:
-            raise ValueError(f"{num_rows} rows cannot be shared out among {num} constraints: give one for each prompt")
-        starts = torch.tensor(
-            [FREE if isinstance(fsm, DynamicGrammar) else table.start(fsm) for fsm in self._fsms], device=table.device
-        )
-        return starts.repeat_interleave(num_rows // num)
+        starts = [table.start(fsm) if isinstance(fsm, TokenFsm) else FREE for fsm in self.compiled(num_rows)]
+        return torch.tensor(starts, device=table.device)
 
     def _table(self, device: torch.device) -> MaskTable:
-        if device not in self._tables:
-            eos = self._vocabulary.eos_token_ids
-            self._tables[device] = MaskTable(self._vocabulary.size, eos, device)
-        return self._tables[device]
+        with _making_tables:
+            if device not in self._tables:
+                table = MaskTable(self.vocab_size, self.eos_token_ids, device)
+                for fsm in self._fsms:
+                    if isinstance(fsm, TokenFsm):
+                        table.start(fsm)
+                self._tables[device] = table  # it does not change any more
+            return self._tables[device]
 
 
 class RegexLogitsProcessor(ConstraintLogitsProcessor):
@@ -138,6 +202,34 @@ class GrammarLogitsProcessor(ConstraintLogitsProcessor):
 
     def __init__(self, grammar: str, tokenizer: Any, **options: Any) -> None:
         super().__init__(Constraint.grammar(grammar), tokenizer, **options)
+
+
+class _History:
+    """What one thread's calls have left behind."""
+
+    def __init__(self) -> None:
+        self.dynamic = DynamicRows()
+        self._memory: _Memory | None = None
+
+    def memory(self, device: torch.device) -> _Memory:
+        """Of rows on a device; another device begins anew."""
+        if self._memory is None or self._memory.device != device:
+            self._memory = _Memory(device)
+        return self._memory
+
+
+class _Unfinished:
+    """Rows that a call has left, all tokens known, and where their outputs begin."""
+
+    def __init__(self, sequences: Tensor, num_prompt_tokens: int) -> None:
+        self.sequences, self.num_prompt_tokens = sequences, num_prompt_tokens
+        self.hashes = _hash(sequences.long()[:, :-1])
+
+    def holds(self, input_ids: Tensor) -> bool:
+        """Whether one of these rows [num_rows, length] goes on from one of ours."""
+        if input_ids.shape[1] != self.sequences.shape[1] or input_ids.device != self.sequences.device:
+            return False
+        return bool((_hash(input_ids.long()[:, :-1])[:, None] == self.hashes[None]).any())
 
 
 class _Memory:
