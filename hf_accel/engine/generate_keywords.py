@@ -87,8 +87,10 @@ def _one(asked: Mapping[str, Any]) -> Constraint | None:
 
 def eos_ids(model: Any, keywords: dict[str, Any]) -> list[int]:
     """The ids that end this call's outputs."""
-    config = keywords.get("generation_config") or model.generation_config
-    eos = keywords.get("eos_token_id", config.eos_token_id if config is not None else None)
+    configs = (keywords.get("generation_config"), model.generation_config)  # HF fills what the first leaves out
+    eos = keywords.get("eos_token_id")
+    for config in configs:
+        eos = getattr(config, "eos_token_id", None) if eos is None else eos
     if eos is None:
         eos = keywords["tokenizer"].eos_token_id
     if eos is None:

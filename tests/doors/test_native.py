@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import hf_accel
 from hf_accel.engine import generate as generate_module
@@ -211,3 +212,24 @@ def test_a_constraint_for_each_prompt_by_keyword(model, tokenizer, ways):
             with pytest.raises(ValueError, match=message):
                 model.generate(**inputs, **bad, **options)
     assert ways.count("native") == 3
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_ends_of_a_keywords_constraint_are_the_calls(model, tokenizer, ways, by_name):
+    """Those of its config, else of the model's, else of the tokenizer, wherever the config stands among the arguments."""
+    model.generation_config.eos_token_id = [30, 31]
+    ids = torch.randint(40, 200, (2, 9))
+    with hf_accel.patch(model):
+        for own, ends in ((None, {30, 31}), (32, {32})):
+            config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=own, pad_token_id=2)
+            given = {"generation_config": config} if by_name else {}
+            rows = model.generate(ids, *([] if by_name else [config]), regex="[ab]{3}", tokenizer=tokenizer, **given)
+            for row in rows[:, 9:].tolist():
+                end = next(i for i, token in enumerate(row) if token in ends)
+                assert re.fullmatch("[ab]{3}", tokenizer.decode(row[:end]))
+    assert ways == ["native"] * 2
+
+
+def test_public_names(tokenizer):
+    processor = hf_accel.ConstraintLogitsProcessor([hf_accel.Constraint.regex("a"), None], tokenizer)
+    assert len(processor.compiled(4)) == 4 and processor.compiled(4)[2:] == [None, None]
