@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from hf_accel.sampling_params import SamplingParams
 
@@ -23,6 +23,18 @@ class RequestStatus(enum.Enum):
     def ended(self) -> bool:
         """Whether the request will never be scheduled again."""
         return self in (RequestStatus.FINISHED, RequestStatus.ABORTED, RequestStatus.FAILED)
+
+
+class Drafter(Protocol):
+    """Guesses how one request goes on. Its guesses are computed beside the last known token, and verified."""
+
+    def draft(self, token_ids: Sequence[int], limit: int) -> tuple[int, ...]:
+        """At most `limit` tokens that are likely to follow `token_ids` (prompt and output), all of them known."""
+        ...
+
+    def waits(self, token_ids: Sequence[int]) -> bool:
+        """Whether, while the token after `token_ids` is being sampled, waiting for it promises more than going on."""
+        ...
 
 
 @dataclass(eq=False)
@@ -44,6 +56,7 @@ class Request:
         num_computed_tokens: tokens whose KV is in the pool: the results of their steps are known to be good.
         num_launched_tokens: those, and the ones after them that launched steps are computing.
         num_placeholders: tokens that launched steps are sampling; they stand after `token_ids` and are not known yet.
+        num_drafted: guessed tokens that a launched step verifies; how many of them hold is not known yet.
         num_cached_tokens: tokens that the prefix cache served at the first admission.
         awaiting_token: its logits were handed out and the caller has not fed the next token yet.
         slot: row in the device page table while running.
@@ -52,6 +65,7 @@ class Request:
         error: why it failed.
         constraint: what its output must satisfy, as the engine's sampler keeps it; nothing to the scheduler.
         host_constraint: whether the host computes what the constraint allows, from all tokens before.
+        drafter: who guesses its next tokens; None: nobody.
     """
 
     request_id: int
@@ -68,6 +82,7 @@ class Request:
     num_computed_tokens: int = 0
     num_launched_tokens: int = 0
     num_placeholders: int = 0
+    num_drafted: int = 0
     num_cached_tokens: int | None = None
     awaiting_token: bool = False
     slot: int | None = None
@@ -81,6 +96,7 @@ class Request:
     page_keys: list[tuple[int, ...]] = field(default_factory=list, repr=False)
     constraint: Any = field(default=None, repr=False)
     host_constraint: bool = False
+    drafter: Drafter | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:

@@ -41,6 +41,7 @@ class SamplingParams:
         json_object: the output is any JSON object.
         grammar: the output is a text of this grammar (Lark's notation, or GBNF). Needs the extra `grammar`.
         constraint: what says by itself what it is: an output type of outlines, a `Constraint`, a schema or a type.
+        jump_forward: guess the text that a constraint forces, and verify the guesses in one step: fewer steps, the same answers.
 
     Raises:
         ValueError: for a value out of range, with the allowed range.
@@ -70,6 +71,7 @@ class SamplingParams:
     json_object: bool = False
     grammar: str | None = None
     constraint: Any = None
+    jump_forward: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -120,6 +122,12 @@ class SamplingParams:
         """How many of `regex`, `json_schema`, `choice`, `grammar`, `json_object` and `constraint` are given."""
         given = (self.regex, self.json_schema, self.choice, self.grammar, self.constraint)
         return sum(v is not None for v in given) + bool(self.json_object)
+
+    @functools.cached_property
+    def may_jump(self) -> bool:
+        """Whether tokens may be guessed: a constrained row's, whose own tokens change its logits in no other way."""
+        penalised = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return self.jump_forward and self.constrained and not penalised and not self.logits_processors
 
     @property
     def greedy(self) -> bool:

@@ -18,30 +18,57 @@ from hf_accel.sampling_params import SamplingParams
 from hf_accel.structured.compiler import Compiled, compiler_for
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.dynamic import DynamicGrammar
+from hf_accel.structured.jump_forward import MIN_GAIN, GrammarMatcher, TokenPredictor
 from hf_accel.structured.mask_table import FREE, MaskTable, mask_and_keep_alive
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import TokenFsm
+from hf_accel.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from hf_accel.engine.logits_edits import SamplingRow
 
 
 class RowConstraint:
-    """One request's automaton and where its output stands."""
+    """One request's automaton and where its output stands: on the device, and on the host as far as its tokens are known.
 
-    def __init__(self, fsm: TokenFsm, table: MaskTable) -> None:
-        self.fsm, self.table = fsm, table
-        self._start = table.start(fsm)
+    It is the request's `Drafter`, too.
+    """
+
+    def __init__(self, predictor: TokenPredictor, table: MaskTable, num_prompt_tokens: int) -> None:
+        self.fsm, self.table = predictor.fsm, table
+        self._predictor, self._first = predictor, num_prompt_tokens
+        self._matcher = GrammarMatcher(self.fsm)
+        table.start(self.fsm)
         self._state: Tensor | None = None  # [1] int64
         self._num_tokens = -1  # of the output, that `_state` has seen
+
+    def draft(self, token_ids: Sequence[int], limit: int) -> tuple[int, ...]:
+        """See `Drafter`."""
+        state = self._matcher.follow(token_ids, self._first, self._predictor)
+        return tuple(token_id for token_id, _, _ in self._predictor.propose(*state, limit))
+
+    def waits(self, token_ids: Sequence[int]) -> bool:
+        """See `Drafter`."""
+        return len(self.draft(token_ids, 1 + MIN_GAIN)) > MIN_GAIN
+
+    def after(self, token_ids: Sequence[int], draft: Sequence[int]) -> list[GuessedState]:
+        """The states after the first, the first two, ... of some guesses that follow known tokens."""
+        state, count = self._matcher.follow(token_ids, self._first, self._predictor)
+        states = []
+        for token_id in draft:
+            state, count = self.fsm.advance(state, token_id, count)
+            states.append(self.table.global_state(self.fsm, state, count))
+        on_device = upload(states, torch.long, self.table.device)
+        return [GuessedState(self.table, on_device[i : i + 1]) for i in range(len(states))]
 
     def state(self, row: SamplingRow, length: int) -> Tensor:
         """[1] int64: the state before the token that follows `length` tokens."""
         num_tokens = length - row.num_prompt_tokens
         if self._state is None or num_tokens != self._num_tokens:
-            output = row.token_ids[row.num_prompt_tokens : length]
-            assert len(output) == num_tokens, "a token that is not known yet has advanced the state already"
-            state = self.table.state_after(self.fsm, output)
+            assert len(row.token_ids) == length, "a token that is not known yet has advanced the state already"
+            state = self.table.global_state(
+                self.fsm, *self._matcher.follow(row.token_ids, self._first, self._predictor)
+            )
             self._state, self._num_tokens = upload([state], torch.long, self.table.device), num_tokens
         return self._state
 
@@ -51,10 +78,24 @@ class RowConstraint:
         self._num_tokens += 1
 
 
+class GuessedState:
+    """Where an output stands if some guessed tokens hold; in a `RowConstraint`'s place for the token after them."""
+
+    def __init__(self, table: MaskTable, state: Tensor) -> None:
+        self.table, self._state = table, state
+
+    def state(self, row: SamplingRow, length: int) -> Tensor:
+        """[1] int64."""
+        return self._state
+
+    def advance(self, state: Tensor) -> None:
+        """Nothing: whether the guesses hold is not known here."""
+
+
 class ConstrainedRows:
     """Those of a batch. All share one table."""
 
-    def __init__(self, indices: list[int], constraints: list[RowConstraint], states: Tensor) -> None:
+    def __init__(self, indices: list[int], constraints: list[RowConstraint | GuessedState], states: Tensor) -> None:
         self._indices, self._constraints = indices, constraints
         self._states = states  # [num_rows], FREE for rows without a constraint
         self._table = constraints[0].table
@@ -62,7 +103,11 @@ class ConstrainedRows:
     @classmethod
     def among(cls, rows: Sequence[SamplingRow], lengths: Sequence[int], device: torch.device) -> ConstrainedRows | None:
         """Those of `rows` with an automaton, or None if there are none."""
-        found = [(i, row.constraint) for i, row in enumerate(rows) if isinstance(row.constraint, RowConstraint)]
+        found = [
+            (i, row.constraint)
+            for i, row in enumerate(rows)
+            if isinstance(row.constraint, RowConstraint | GuessedState)
+        ]
         if not found:
             return None
         states = [torch.full((1,), FREE, dtype=torch.long, device=device)] * len(rows)
@@ -97,6 +142,8 @@ class EngineConstraints:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos, self._device = tuple(sorted(eos_token_ids)), device
         self._table: MaskTable | None = None
+        self._vocabulary: Vocabulary | None = None
+        self._predictors: dict[TokenFsm, TokenPredictor] = {}
 
     def compile(self, params: SamplingParams) -> Compiled | None:
         """What `params` ask for, compiled, or None without a constraint. Waits for a thread that compiles; holds no lock.
@@ -117,16 +164,27 @@ class EngineConstraints:
         if not self._eos:
             raise StructureError("a constraint needs an end of sequence: set model.generation_config.eos_token_id")
         compiler = compiler_for(self._tokenizer, self._eos, self._vocab_size)
+        self._vocabulary = compiler.vocabulary
         futures = [None if c is None else compiler.submit(c) for c in constraints]
         return [None if f is None else f.result() for f in futures]
 
-    def open(self, fsm: Compiled) -> RowConstraint | DynamicConstraint:
-        """A row at the start of what was compiled, no wider than the logits. Called under the engine's lock."""
+    def open(
+        self, fsm: Compiled, num_prompt_tokens: int, vocabulary: Vocabulary | None = None
+    ) -> RowConstraint | DynamicConstraint:
+        """A row at the start of what was compiled, no wider than the logits, behind its prompt. Called under the engine's lock.
+
+        `vocabulary` is that of an automaton which another has compiled.
+        """
         if isinstance(fsm, DynamicGrammar):
             return DynamicConstraint(fsm)
         if self._table is None:
             self._table = MaskTable(self._vocab_size, self._eos, self._device)
-        return RowConstraint(fsm, self._table)
+        known = vocabulary or self._vocabulary
+        assert known is not None, "nothing was compiled"
+        predictor = self._predictors.get(fsm)
+        if predictor is None:
+            predictor = self._predictors[fsm] = TokenPredictor(fsm, known)
+        return RowConstraint(predictor, self._table, num_prompt_tokens)
 
 
 def constraint_of(params: SamplingParams) -> Constraint | None:

@@ -23,7 +23,7 @@ from hf_accel.patching.registry import ModelSpec
 from hf_accel.request import Request, RequestStatus
 from hf_accel.sampling_params import SamplingParams
 from hf_accel.structured.compiler import Compiled
-from hf_accel.structured.dynamic import DynamicGrammar
+from hf_accel.structured.vocabulary import Vocabulary
 
 
 class Engine(EngineHost):
@@ -128,6 +128,7 @@ class Engine(EngineHost):
         seed = params.seed + index if params.seed is not None else int(torch.randint(1 << 62, ()))
         limit = self.core.executor.runner.spec.max_positions
         most = limit if params.max_tokens is None else min(limit, len(token_ids) + params.max_tokens)
+        constraint = None if fsm is None else self._constraints.open(fsm, len(token_ids))
         return Request(
             request_id=request_id,
             token_ids=list(token_ids),
@@ -140,14 +141,17 @@ class Engine(EngineHost):
             priority=priority,
             external_sampling=params.max_tokens == 0,
             logits_from=0 if params.prompt_logprobs is not None and index == 0 else None,
-            constraint=None if fsm is None else self._constraints.open(fsm),
-            host_constraint=isinstance(fsm, DynamicGrammar),
+            constraint=constraint,
+            host_constraint=isinstance(constraint, DynamicConstraint),
+            drafter=constraint if params.may_jump and isinstance(constraint, RowConstraint) else None,
         )
 
-    def open_constraint(self, fsm: Compiled) -> RowConstraint | DynamicConstraint:
-        """A row's constraint for `open_row`, of an automaton not wider than the logits."""
+    def open_constraint(
+        self, fsm: Compiled, num_prompt_tokens: int, vocabulary: Vocabulary
+    ) -> RowConstraint | DynamicConstraint:
+        """A row's constraint for `open_row`, compiled elsewhere for a vocabulary not wider than the logits."""
         with self.core.lock:
-            return self._constraints.open(fsm)
+            return self._constraints.open(fsm, num_prompt_tokens, vocabulary)
 
     def generate(
         self,

@@ -25,13 +25,14 @@ class StepResult:
     """What a step produced, by request id.
 
     Attributes:
-        tokens: sampled tokens, of requests that the engine samples and that reached their end.
+        tokens: sampled tokens, of requests that the engine samples and that reached their end: the guesses that held, and
+            the one after them.
         errors: failures of single requests (a processor that raised, NaN logits).
         last_logits: [vocab_size] float32 logits after the last token, of rows that their caller samples.
         prompt_logits: (first position, [n, vocab_size] float32): logits of prompt positions that were asked for.
     """
 
-    tokens: dict[int, SampledToken] = field(default_factory=dict)
+    tokens: dict[int, list[SampledToken]] = field(default_factory=dict)
     errors: dict[int, Exception] = field(default_factory=dict)
     last_logits: dict[int, torch.Tensor] = field(default_factory=dict)
     prompt_logits: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)
@@ -41,8 +42,8 @@ class StepResult:
 class _Wanted:
     """What a step's logits are for, by row of logits. Made on the host before the device runs."""
 
-    sampled: list[Request] = field(default_factory=list)
-    sampling_rows: list[SamplingRow] = field(default_factory=list)  # one each
+    sampled: list[tuple[Request, tuple[int, ...]]] = field(default_factory=list)  # with guesses that are verified
+    sampling_rows: list[SamplingRow] = field(default_factory=list)  # one each, and one for each guess
     lengths: list[int] = field(default_factory=list)  # tokens before the one to sample, known or not
     indices: list[int] = field(default_factory=list)  # of their logits
     external: list[tuple[int, int]] = field(default_factory=list)  # (request id, row)
@@ -134,7 +135,10 @@ class Executor:
         logits = self.runner.forward(batch)
         if not wanted.indices:
             return logits, []
-        return logits, self.sampler.sample(_rows_of(logits, wanted.indices), wanted.sampling_rows)
+        own, rows = _rows_of(logits, wanted.indices), wanted.sampling_rows
+        if not batch.drafts_cpu:
+            return logits, self.sampler.sample(own, rows)
+        return logits, self.sampler.begin(own, rows, wanted.lengths).finish()
 
     @torch.inference_mode(False)  # a thread of its own starts with torch's defaults
     @torch.no_grad()
@@ -157,7 +161,11 @@ class Executor:
 
     def _wanted(self, batch: ForwardBatch, requests: Sequence[Request]) -> _Wanted:
         wanted, row = _Wanted(), 0
-        for request, seq_len, num_logits in zip(requests, batch.seq_lens_cpu, batch.num_logits_cpu, strict=True):
+        drafts = batch.drafts_cpu or ((),) * len(requests)
+        items = zip(requests, batch.seq_lens_cpu, batch.num_logits_cpu, drafts, strict=True)
+        for request, seq_len, num_logits, draft in items:
+            num_logits -= len(draft)
+            seq_len -= len(draft)
             last = row + num_logits - 1
             at_end = num_logits > 0 and seq_len == len(request.token_ids) + request.num_placeholders
             if request.logits_from is not None and num_logits:
@@ -165,11 +173,12 @@ class Executor:
             if at_end and request.external_sampling:
                 wanted.external.append((request.request_id, last))
             elif at_end:
-                wanted.sampled.append(request)
-                wanted.sampling_rows.append(self._sampling_row(request))
-                wanted.lengths.append(seq_len)
-                wanted.indices.append(last)
-            row += num_logits
+                own = self._sampling_row(request)
+                wanted.sampled.append((request, draft))
+                wanted.sampling_rows.extend((own, *own.after(draft)))
+                wanted.lengths.extend(range(seq_len, seq_len + len(draft) + 1))
+                wanted.indices.extend(range(last, last + len(draft) + 1))
+            row += num_logits + len(draft)
         return wanted
 
     def _sampling_row(self, request: Request) -> SamplingRow:
@@ -191,8 +200,14 @@ def _rows_of(values: torch.Tensor, indices: list[int]) -> torch.Tensor:
 
 
 def _enter(wanted: _Wanted, tokens: Sequence[SampledToken], result: StepResult) -> None:
-    for request, token in zip(wanted.sampled, tokens, strict=True):
-        if token.error is not None:
-            result.errors[request.request_id] = token.error
+    """Keep of each request's tokens those that were sampled after right guesses."""
+    first = 0
+    for request, draft in wanted.sampled:
+        own = tokens[first : first + len(draft) + 1]
+        first += len(own)
+        num_held = next((i for i, guess in enumerate(draft) if own[i].token_id != guess), len(draft))
+        error = own[num_held].error
+        if error is not None:
+            result.errors[request.request_id] = error
         else:
-            result.tokens[request.request_id] = token
+            result.tokens[request.request_id] = list(own[: num_held + 1])

@@ -30,6 +30,7 @@ class ForwardBatch:
         query_lens_cpu: tokens of each request in this step.
         seq_lens_cpu: `seq_lens` on the host.
         num_logits_cpu: rows of logits that each request gets.
+        drafts_cpu: of each request the guesses among its tokens, the last ones; empty if nobody has any.
         token_slots: [num_tokens] int64, the row of the token table of each token's request; None without a token table.
         has_unknown: whether an input id is `UNKNOWN_TOKEN`.
         staged: what `upload` must bring to the device first, where the tensors are the persistent buffers of decode steps.
@@ -45,6 +46,7 @@ class ForwardBatch:
     query_lens_cpu: tuple[int, ...]
     seq_lens_cpu: tuple[int, ...]
     num_logits_cpu: tuple[int, ...]
+    drafts_cpu: tuple[tuple[int, ...], ...] = ()
     token_slots: torch.Tensor | None = None
     has_unknown: bool = False
     staged: StagedStep | None = None
@@ -164,6 +166,7 @@ class ForwardBatchBuilder:
             query_lens_cpu=tuple(lens.tolist()),
             seq_lens_cpu=tuple(seq_lens.tolist()),
             num_logits_cpu=tuple(num_logits),
+            drafts_cpu=_drafts_of(requests),
             token_slots=self._device(rows, np.int64) if self._token_table else None,
             has_unknown=any(r.token_ids[0] == UNKNOWN_TOKEN for r in requests),
         )
@@ -181,3 +184,9 @@ class ForwardBatchBuilder:
     def _device(self, values: object, dtype: type) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
         return tensor if self._on_cpu else upload(tensor, tensor.dtype, self.device)
+
+
+def _drafts_of(requests: tuple[ScheduledRequest, ...]) -> tuple[tuple[int, ...], ...]:
+    if not any(r.num_drafted for r in requests):
+        return ()
+    return tuple(r.token_ids[len(r.token_ids) - r.num_drafted :] for r in requests)

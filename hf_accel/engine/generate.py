@@ -146,7 +146,7 @@ class _Call:
         """Queue one row a prompt: the engine's, under a constraint or None each; the caller's to sample where there are none."""
         eos = _eos_ids(self.criteria)
         with self.core.lock:
-            for prompt, fsm in zip(prompts, constraints or [None] * len(prompts), strict=True):
+            for prompt, one in zip(prompts, constraints or [None] * len(prompts), strict=True):
                 row = self.engine.open_row(
                     prompt,
                     GREEDY,
@@ -154,7 +154,7 @@ class _Call:
                     max_total_tokens=len(prompt) + new_tokens,
                     eos=eos,
                     external=constraints is None,
-                    constraint=None if fsm is None else self.engine.open_constraint(fsm),
+                    constraint=None if one is None else self.engine.open_constraint(one[0], len(prompt), one[1]),
                 )
                 self.rows.append(row)
 

@@ -13,9 +13,10 @@ from transformers.generation import LogitsProcessorList
 from hf_accel.engine.engine import Engine
 from hf_accel.structured.compiler import Compiled
 from hf_accel.structured.logits_processor import ConstraintLogitsProcessor
+from hf_accel.structured.vocabulary import Vocabulary
 
-Constraints = Sequence[Compiled | None]
-"""One for each row of a call; None for a free one."""
+Constraints = Sequence[tuple[Compiled, Vocabulary] | None]
+"""One for each row of a call, with the vocabulary that it was compiled for; None for a free one."""
 
 
 def constraints_of(
@@ -37,11 +38,12 @@ def constraints_of(
     processor = processors[0]
     if len(processors) > 1 or not _is_plain(processor):
         return None
-    same_ends = set(processor.eos_token_ids) <= eos  # else a complete text would not end its row
-    fits = processor.vocab_size <= engine.core.executor.runner.spec.vocab_size
+    same_ends = set(processor.vocabulary.eos_token_ids) <= eos  # else a complete text would not end its row
+    fits = processor.vocabulary.size <= engine.core.executor.runner.spec.vocab_size
     if not same_ends or not fits or not processor.begins(input_ids):
         return None
-    return processor.compiled(input_ids.shape[0])
+    each = processor.compiled(input_ids.shape[0])
+    return [None if one is None else (one, processor.vocabulary) for one in each]
 
 
 def note_unfinished(processors: LogitsProcessorList, sequences: torch.Tensor, num_prompt_tokens: int) -> None:

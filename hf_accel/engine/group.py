@@ -9,7 +9,7 @@ import torch
 from hf_accel.engine.detokenizer import IncrementalDetokenizer
 from hf_accel.engine.executor import StepResult
 from hf_accel.engine.outputs import CompletionOutput, Logprob, RequestOutput, StreamChunk
-from hf_accel.engine.sampled import logprobs_of
+from hf_accel.engine.sampled import SampledToken, logprobs_of
 from hf_accel.request import Request
 from hf_accel.sampling_params import SamplingParams
 
@@ -44,13 +44,18 @@ class OutputGroup:
         self._streamed.append((0, 0, False))
 
     def on_step(self, request: Request, result: StepResult) -> str | None:
-        """Take in a step's token of one request; returns the stop string that it completed, if any."""
+        """Take in a step's tokens of one request, up to the one that completes a stop string; returns that, if any."""
         if request.request_id in result.prompt_logits:
             self._record_prompt(request, *result.prompt_logits[request.request_id])
-        token = result.tokens.get(request.request_id)
-        if token is None:
-            return None
         index = self.requests.index(request)
+        stopped = None
+        for token in result.tokens.get(request.request_id, ()):
+            stopped = self._take(index, token)
+            if stopped is not None:
+                break
+        return stopped
+
+    def _take(self, index: int, token: SampledToken) -> str | None:
         completion = self.output.outputs[index]
         completion.token_ids.append(token.token_id)
         if completion.logprobs is not None and token.logprob is not None:
@@ -77,6 +82,10 @@ class OutputGroup:
         if request.finish_reason == "stop" and completion.stop_reason is None and last in self.params.stop_token_ids:
             completion.stop_reason = last
         completion.finish_reason = request.finish_reason
+        if completion.stop_reason is not None and request.finish_reason == "length":
+            completion.finish_reason = (
+                "stop"  # tokens after the stop string may have reached the limit in the same step
+            )
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, request.num_cached_tokens or 0)
         self.output.error = self.output.error or request.error
         if self.params.prompt_logprobs is not None:

@@ -5,13 +5,13 @@ Owns the order of these edits, and the counts of a row's tokens. Knows neither r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hf_accel.engine.constraints import RowConstraint
+from hf_accel.engine.constraints import GuessedState, RowConstraint
 from hf_accel.engine.dynamic_rows import DynamicConstraint
 from hf_accel.engine.upload import upload
 from hf_accel.sampling_params import SamplingParams
@@ -37,7 +37,7 @@ class SamplingRow:
     num_prompt_tokens: int
     seed: int
     eos_token_ids: frozenset[int] = frozenset()
-    constraint: RowConstraint | DynamicConstraint | None = None
+    constraint: RowConstraint | GuessedState | DynamicConstraint | None = None
     _counts: _TokenCounts | None = field(default=None, repr=False, compare=False)
 
     def below_min_tokens(self, length: int) -> bool:
@@ -49,6 +49,19 @@ class SamplingRow:
         """Whether the row's own tokens change its logits."""
         params = self.params
         return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+    def after(self, draft: Sequence[int]) -> list[SamplingRow]:
+        """The row as it is after the first, the first two, ... of some guesses: one row for each guess.
+
+        Only for rows whose own tokens change nothing but the state of their constraint.
+        """
+        if not draft:
+            return []
+        assert self.constraint is not None and not self.penalised and not self.params.logits_processors
+        return [
+            SamplingRow(self.params, [], self.num_prompt_tokens, self.seed, self.eos_token_ids, constraint)
+            for constraint in self.constraint.after(self.token_ids, draft)
+        ]
 
     def count(self, token_id: Tensor) -> None:
         """Count a token [1] int64 on the device, which `token_ids` will have later. Nobody but the sampler knows it yet."""

@@ -67,7 +67,9 @@ class StepLoop:
         for request in going:
             if request.request_id in result.errors:
                 self.scheduler.finish(request, RequestStatus.FAILED, "error", result.errors[request.request_id])
-        self.scheduler.update(output, {i: token.token_id for i, token in result.tokens.items()})
+        taken = self.scheduler.update(output, {i: [t.token_id for t in own] for i, own in result.tokens.items()})
+        for request_id, num_taken in taken.items():
+            del result.tokens[request_id][num_taken:]
         for request in going:
             if request.awaiting_token:
                 self._held_logits[request.request_id] = result.last_logits[request.request_id]

@@ -19,8 +19,9 @@ class ScheduledRequest:
         start: position of the first of them.
         page_updates: (index, page id) pairs to write in the row's page table before the step.
         num_logits: how many of the last tokens need logits (0: a prefill chunk that does not reach the end).
-        at_end: the step reaches the request's end, so that its next token follows.
+        at_end: the step reaches the end of what is known of the request, so that its next tokens follow.
         admission: the request's at this step: its later ones know another page table and slot.
+        num_drafted: how many of the tokens, the last ones, are guesses of what the step is to sample.
     """
 
     request_id: int
@@ -31,6 +32,7 @@ class ScheduledRequest:
     num_logits: int
     at_end: bool = False
     admission: int = 0
+    num_drafted: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ and are copied, only as far as the latter, so the former can be taken back at an
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from hf_accel.config import EngineConfig
 from hf_accel.kv_cache.manager import KVCacheManager
@@ -90,12 +90,21 @@ class RequestQueue:
             if request is not None:  # else it was ended while the step was launched
                 request.num_launched_tokens = item.start + len(item.token_ids)
                 request.num_placeholders += item.at_end
+                request.num_drafted = item.num_drafted
 
-    def update(self, output: SchedulerOutput, sampled: Mapping[int, int]) -> None:
-        """Take in a step's result: advance its requests, append the token of each natively sampled one that reached its end.
+    def update(self, output: SchedulerOutput, sampled: Mapping[int, Sequence[int]]) -> dict[int, int]:
+        """Take in a step's result: advance its requests, append the tokens of each natively sampled one that reached its end.
 
-        Launched steps come in their order. What was meanwhile ended takes nothing in, what was retracted only its token.
+        Launched steps come in their order. What was meanwhile ended takes nothing in, what was retracted only its tokens.
+
+        Args:
+            output: the step.
+            sampled: the tokens of each request: the guesses that held, and the one after them.
+
+        Returns:
+            how many tokens each request took in: fewer than were sampled where one of them ended it.
         """
+        taken: dict[int, int] = {}
         late = bool(self._launched)
         if late:
             assert self._launched.popleft() is output, "results out of order"
@@ -105,19 +114,26 @@ class RequestQueue:
                 continue
             if late and item.at_end:
                 request.num_placeholders -= 1
+                request.num_drafted = 0
+            tokens = _until_end(request, sampled.get(item.request_id, ()))
+            request.token_ids += tokens[:-1]
             if not late or (request.status is RequestStatus.RUNNING and request.admission == item.admission):
-                self._advance(request, item, late)
+                self._advance(request, item, late, num_held=max(len(tokens) - 1, 0))
             if not item.at_end:
                 continue
             if request.external_sampling:
                 request.awaiting_token = True
-            elif item.request_id in sampled:
-                self.append_token(request, sampled[item.request_id])
+            elif tokens:
+                taken[item.request_id] = len(tokens)
+                self.append_token(request, tokens[-1])
+        return taken
 
-    def _advance(self, request: Request, item: ScheduledRequest, late: bool) -> None:
-        was_prefill = len(item.token_ids) > 1 or request.num_computed_tokens < request.num_prompt_tokens
-        request.num_computed_tokens = item.start + len(item.token_ids)
-        if not late:
+    def _advance(self, request: Request, item: ScheduledRequest, late: bool, num_held: int) -> None:
+        """`num_held` of the item's guesses are tokens of the request by now; what was computed for the others is void."""
+        num_known = len(item.token_ids) - item.num_drafted
+        was_prefill = num_known > 1 or request.num_computed_tokens < request.num_prompt_tokens
+        request.num_computed_tokens = item.start + num_known + num_held
+        if not late or item.num_drafted:  # a row whose guesses are being verified is in no later step
             request.num_launched_tokens = request.num_computed_tokens
         if request.logits_from is not None:  # those before were handed out: retraction need not compute them again
             request.logits_from = None if item.at_end else max(request.logits_from, request.num_computed_tokens)
@@ -131,7 +147,7 @@ class RequestQueue:
         self._launched.clear()
         for request in (*self.running.values(), *self.waiting.values()):
             request.num_launched_tokens = request.num_computed_tokens
-            request.num_placeholders = 0
+            request.num_placeholders = request.num_drafted = 0
         self.resend_pages(self.running.values())
 
     def resend_pages(self, requests: Iterable[Request]) -> None:
@@ -170,7 +186,8 @@ class RequestQueue:
         for request in (*self.running.values(), *self.waiting.values()):
             assert not request.status.ended, f"request {request.request_id} ended but is still queued"
             assert 0 <= request.num_computed_tokens <= request.num_tokens
-            assert request.num_computed_tokens <= request.num_launched_tokens <= request.num_planned_tokens
+            most = request.num_planned_tokens + request.num_drafted
+            assert request.num_computed_tokens <= request.num_launched_tokens <= most
             assert 0 <= request.num_placeholders <= len(self._launched)
             assert self._launched or request.num_launched_tokens == request.num_computed_tokens, "a lost step"
         if not self.running:
@@ -180,7 +197,21 @@ class RequestQueue:
 def computable(request: Request) -> bool:
     """Whether a step planned now may compute something for it."""
     if request.num_placeholders:
-        # What was retracted waits for its token; and a row whose last token is being sampled needs no more steps.
+        # What was retracted waits for its token, and so does a row whose guesses are being verified or may be made when
+        # it is known; and a row whose last token is being sampled needs no more steps.
         ahead = request.status is RequestStatus.RUNNING and request.num_planned_tokens < request.max_total_tokens
-        return ahead and request.num_pending_tokens > 0
+        if not ahead or request.num_drafted or request.num_pending_tokens <= 0:
+            return False
+        return request.drafter is None or not request.drafter.waits(request.token_ids)
     return len(request.token_ids) > request.num_launched_tokens and not request.awaiting_token
+
+
+def _until_end(request: Request, token_ids: Sequence[int]) -> list[int]:
+    """Those of some new tokens that come before the request ends, and the one that ends it."""
+    params, num_output = request.params, request.num_output_tokens
+    most = request.max_total_tokens - request.num_tokens
+    for i, token_id in enumerate(token_ids[:most], 1):
+        ends = token_id in request.eos_token_ids or token_id in params.stop_token_ids
+        if ends and num_output + i >= params.min_tokens:
+            return list(token_ids[:i])
+    return list(token_ids[:most])

@@ -19,6 +19,7 @@ INITIAL_RESERVE_RATIO = 0.7
 MIN_RESERVE_RATIO = 0.1
 RESERVE_DECAY_STEPS = 600
 RESERVE_CLIP_TOKENS = 4096
+MAX_DRAFT_TOKENS = 16
 
 
 class OutOfPagesError(RuntimeError):
@@ -75,9 +76,35 @@ class Scheduler(RequestQueue):
                 return
             self._retract(victim, step)
             updates = self.cache.allocate(request.request_id, target)
-        self._emit(request, num_tokens, updates, step)
+        draft = self._draft(request, num_tokens, step)
+        if draft:
+            more = self.cache.allocate(request.request_id, target + len(draft))
+            updates, draft = ((*updates, *more), draft) if more is not None else (updates, ())
+        self._emit(request, num_tokens, updates, step, draft)
 
-    def _emit(self, request: Request, num_tokens: int, updates: tuple[tuple[int, int], ...], step: _Step) -> None:
+    def _draft(self, request: Request, num_tokens: int, step: _Step) -> tuple[int, ...]:
+        """Guesses of what follows, of a request whose tokens are all known and computed with this step. They take only
+        what the others leave of the budget."""
+        drafter = request.drafter
+        if drafter is None or request.num_placeholders or request.logits_from is not None:
+            return ()
+        limit = min(
+            MAX_DRAFT_TOKENS,
+            step.budget - num_tokens - len(self.running),
+            request.max_total_tokens - request.num_tokens - 1,
+        )
+        if limit <= 0 or num_tokens < request.num_pending_tokens:
+            return ()
+        return drafter.draft(request.token_ids, limit)
+
+    def _emit(
+        self,
+        request: Request,
+        num_tokens: int,
+        updates: tuple[tuple[int, int], ...],
+        step: _Step,
+        draft: tuple[int, ...],
+    ) -> None:
         start = request.num_launched_tokens
         end = start + num_tokens
         at_end = end == len(request.token_ids) + request.num_placeholders
@@ -88,15 +115,16 @@ class Scheduler(RequestQueue):
         step.scheduled[request.request_id] = ScheduledRequest(
             request_id=request.request_id,
             slot=request.slot,
-            token_ids=tuple(request.token_ids[start:end]) or (UNKNOWN_TOKEN,),
+            token_ids=(tuple(request.token_ids[start:end]) or (UNKNOWN_TOKEN,)) + draft,
             start=start,
             page_updates=(*request.page_updates, *updates),
-            num_logits=end - first_logits,
+            num_logits=end - first_logits + len(draft),
             at_end=at_end,
             admission=request.admission,
+            num_drafted=len(draft),
         )
         request.page_updates.clear()
-        step.budget -= num_tokens
+        step.budget -= num_tokens + len(draft)
 
     def _victim(self, request: Request, step: _Step) -> Request | None:
         """The newest running request that is not in this step; rows that wait for their caller may be older ones."""

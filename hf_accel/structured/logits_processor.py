@@ -8,7 +8,7 @@ any number of threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from hf_accel.structured.dynamic import DynamicGrammar
 from hf_accel.structured.dynamic_rows import DynamicRows
 from hf_accel.structured.mask_table import DONE, FREE, MaskTable, mask_and_keep_alive
 from hf_accel.structured.token_fsm import TokenFsm
+from hf_accel.structured.vocabulary import Vocabulary
 
 _HISTORY = 64  # steps whose rows are remembered
 _THREADS = 256  # whose steps are
@@ -55,14 +56,9 @@ class ConstraintLogitsProcessor:
         self._unfinished: _Unfinished | None = None
 
     @property
-    def vocab_size(self) -> int:
-        """Width of the automata; wider logits are masked there."""
-        return self._vocabulary.size
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """What may end a text."""
-        return self._vocabulary.eos_token_ids
+    def vocabulary(self) -> Vocabulary:
+        """Of the automata. Ids past it are never allowed."""
+        return self._vocabulary
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Masked scores [num_rows, vocab_size] for rows of token ids [num_rows, length].
@@ -113,7 +109,7 @@ class ConstraintLogitsProcessor:
         table, before, self._unfinished = self._table(rows.sequences.device), rows.sequences[:, :-1], None
         outputs = before[:, rows.num_prompt_tokens :].tolist()
         states = [
-            table.state_after(fsm, output) if isinstance(fsm, TokenFsm) else FREE
+            _state_after(table, fsm, output) if isinstance(fsm, TokenFsm) else FREE
             for fsm, output in zip(self.compiled(len(outputs)), outputs, strict=True)
         ]
         history, dynamic = self._history(), self._dynamic_rows(len(outputs))
@@ -165,7 +161,7 @@ class ConstraintLogitsProcessor:
     def _table(self, device: torch.device) -> MaskTable:
         with _making_tables:
             if device not in self._tables:
-                table = MaskTable(self.vocab_size, self.eos_token_ids, device)
+                table = MaskTable(self._vocabulary.size, self._vocabulary.eos_token_ids, device)
                 for fsm in self._fsms:
                     if isinstance(fsm, TokenFsm):
                         table.start(fsm)
@@ -202,6 +198,16 @@ class GrammarLogitsProcessor(ConstraintLogitsProcessor):
 
     def __init__(self, grammar: str, tokenizer: Any, **options: Any) -> None:
         super().__init__(Constraint.grammar(grammar), tokenizer, **options)
+
+
+def _state_after(table: MaskTable, fsm: TokenFsm, token_ids: Sequence[int]) -> int:
+    """The state of a row whose output begins with these tokens; one that is not allowed ends it."""
+    state, count = fsm.start, 0
+    for token_id in token_ids:
+        if state <= DONE or not fsm.allows(state, token_id, count):
+            return DONE
+        state, count = fsm.advance(state, token_id, count)
+    return table.global_state(fsm, state, count)
 
 
 class _History:

@@ -6,8 +6,6 @@ only; nothing goes through the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,14 +56,9 @@ class MaskTable:
             self._kept.append(fsm)
         return self._starts[id(fsm)]
 
-    def state_after(self, fsm: TokenFsm, token_ids: Sequence[int]) -> int:
-        """The state of a row that begins with these tokens, all of them allowed."""
-        state, count = fsm.start, 0
-        for token_id in token_ids:
-            state, count = fsm.advance(state, token_id, count)
-            if state <= DONE:
-                return DONE
-        return self.start(fsm) - fsm.start + state + (count << _COUNT_SHIFT)
+    def global_state(self, fsm: TokenFsm, state: int, count: int) -> int:
+        """What a row's state is here, given in the automaton's own terms."""
+        return DONE if state <= DONE else self.start(fsm) - fsm.start + state + (count << _COUNT_SHIFT)
 
     def apply(self, logits: Tensor, states: Tensor) -> None:
         """Forbid, in place, what the rows' states do not allow; logits [num_rows, vocab_size], states [num_rows] int64."""

@@ -92,9 +92,16 @@ class TokenFsm:
 
     def allowed(self, state: int, count: int = 0) -> np.ndarray:
         """Ids of the tokens that are allowed, in order."""
+        return np.flatnonzero(np.unpackbits(self._mask(state, count).view(np.uint8), bitorder="little"))
+
+    def allows(self, state: int, token_id: int, count: int = 0) -> bool:
+        """Whether a token is allowed."""
+        return bool(int(self._mask(state, count)[token_id >> 5]) >> (token_id & 31) & 1)
+
+    def _mask(self, state: int, count: int) -> np.ndarray:
         base, low, low_span, high, high_span = self.row_of[state].tolist()
         row = base + min(max(count - low, 0), low_span) + min(max(count - high, 0), high_span)
-        return np.flatnonzero(np.unpackbits(self.masks[self.rows[row]].view(np.uint8), bitorder="little"))
+        return np.asarray(self.masks[self.rows[row]])
 
 
 def compile_fsm(dfa: ByteDfa, vocabulary: Vocabulary) -> TokenFsm:

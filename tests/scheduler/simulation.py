@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 from hf_accel.config import EngineConfig
 from hf_accel.kv_cache.manager import KVCacheManager
 from hf_accel.request import Request, RequestStatus
 from hf_accel.sampling_params import SamplingParams
+from hf_accel.scheduler.output import ScheduledRequest
 from hf_accel.scheduler.scheduler import Scheduler
 
 VOCABULARY = 5
@@ -26,6 +30,37 @@ def alone(prompt: list[int], max_new: int, eos: bool) -> list[int]:
     return tokens[len(prompt) :]
 
 
+class Guesser:
+    """A drafter that is often right."""
+
+    def __init__(self, seed: int, skill: float) -> None:
+        self._draws, self._skill = random.Random(seed), skill
+
+    def draft(self, token_ids: Sequence[int], limit: int) -> tuple[int, ...]:
+        history = list(token_ids)
+        for _ in range(self._draws.randint(0, limit)):
+            right = self._draws.random() < self._skill
+            history.append(next_token(history) if right else self._draws.randrange(EOS))
+        return tuple(history[len(token_ids) :])
+
+    def waits(self, token_ids: Sequence[int]) -> bool:
+        return self._draws.random() < 0.3
+
+
+def history_of(item: ScheduledRequest, known: Sequence[int]) -> tuple[int, ...]:
+    """A row's tokens in a step: those known, and its guesses."""
+    return (*known, *item.token_ids[len(item.token_ids) - item.num_drafted :])
+
+
+def verified(item: ScheduledRequest, history: Sequence[int]) -> list[int]:
+    """What the model says after the known tokens, and after each guess as long as they are right."""
+    first = len(history) - item.num_drafted
+    found = [next_token(list(history[:first]))]
+    while len(found) <= item.num_drafted and history[first + len(found) - 1] == found[-1]:
+        found.append(next_token(list(history[: first + len(found)])))
+    return found
+
+
 class Simulation:
     """Drives a scheduler; checks that what it computes was computed in order and on pages that hold the right tokens."""
 
@@ -41,7 +76,16 @@ class Simulation:
         self.cohorts: list[list[Request]] = []
         self.requests: dict[int, Request] = {}
 
-    def add(self, prompt: list[int], max_new: int, eos: bool, *, external: bool = False, namespace: int = 0) -> Request:
+    def add(
+        self,
+        prompt: list[int],
+        max_new: int,
+        eos: bool,
+        *,
+        external: bool = False,
+        namespace: int = 0,
+        skill: float | None = None,
+    ) -> Request:
         request = Request(
             request_id=len(self.requests),
             token_ids=list(prompt),
@@ -51,6 +95,7 @@ class Simulation:
             max_total_tokens=len(prompt) + max_new,
             eos_token_ids=frozenset({EOS}) if eos else frozenset(),
             external_sampling=external,
+            drafter=None if skill is None or external else Guesser(len(self.requests), skill),
         )
         self.requests[request.request_id] = request
         self.scheduler.add(request)
@@ -67,18 +112,19 @@ class Simulation:
         for item in output.requests:  # as on the device: all of a step's tokens are stored before any is attended
             table = self.tables.setdefault(item.slot, {})
             table.update(item.page_updates)
-            history = tuple(self.requests[item.request_id].token_ids)
+            history = history_of(item, self.requests[item.request_id].token_ids)
             for position in range(item.start, item.start + len(item.token_ids)):
                 self.pages[table[position // page_size]][position % page_size] = history[: position + 1]
         sampled = {}
         for item in output.requests:
             request = self.requests[item.request_id]
             table, end = self.tables[item.slot], item.start + len(item.token_ids)
+            history = history_of(item, request.token_ids)
             for p in range(end):  # KV depends on all tokens before it
                 kept = self.pages[table[p // page_size]][p % page_size]
-                assert kept == tuple(request.token_ids[: p + 1]), "the pages do not hold the request's tokens"
-            if end == request.num_tokens and not request.external_sampling:
-                sampled[item.request_id] = next_token(request.token_ids[:end])
+                assert kept == history[: p + 1], "the pages do not hold the request's tokens"
+            if end == len(history) and not request.external_sampling:
+                sampled[item.request_id] = verified(item, history)
         self.scheduler.update(output, sampled)
         self.scheduler.check_integrity()
         for cohort in self.cohorts:

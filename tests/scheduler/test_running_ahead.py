@@ -19,7 +19,7 @@ from hf_accel.config import EngineConfig, FaultInjection
 from hf_accel.request import Request, RequestStatus
 from hf_accel.scheduler.output import UNKNOWN_TOKEN, SchedulerOutput
 
-from .simulation import Simulation, alone, next_token
+from .simulation import Simulation, alone, history_of, verified
 
 CONFIGS = st.builds(
     dict,
@@ -65,7 +65,7 @@ class LateSimulation(Simulation):
         self.rng, self.failures = rng, failures
         self.in_flight: deque[Launched] = deque()
         self.token_table: dict[int, int] = {}
-        self.num_ahead = self.num_junk = self.num_rolled_back = 0
+        self.num_ahead = self.num_junk = self.num_rolled_back = self.num_held = 0
 
     def step(self) -> int:
         done = 0
@@ -108,13 +108,14 @@ class LateSimulation(Simulation):
         self.scheduler.check_integrity()
         return None
 
-    def _run(self, launched: Launched) -> dict[int, int]:
+    def _run(self, launched: Launched) -> dict[int, list[int]]:
         size, sampled = self.config.page_size, {}
         self._copy(launched)
         rows = list(zip(launched.output.requests, launched.tables, launched.known, strict=True))
         histories = []
         for item, table, known in rows:
             history = known + ((self.token_table[item.slot],) if item.token_ids == (UNKNOWN_TOKEN,) else ())
+            history = history_of(item, history)
             end = item.start + len(item.token_ids)
             assert len(history) >= end and (
                 item.token_ids == (UNKNOWN_TOKEN,) or history[item.start : end] == item.token_ids
@@ -130,7 +131,9 @@ class LateSimulation(Simulation):
                 )
             if item.at_end:
                 assert end == len(history)
-                sampled[item.request_id] = self.token_table[item.slot] = next_token(list(history))
+                sampled[item.request_id] = verified(item, history)
+                self.token_table[item.slot] = sampled[item.request_id][0]
+                self.num_held += len(sampled[item.request_id]) - 1
         return sampled
 
     def _copy(self, launched: Launched) -> None:
@@ -175,7 +178,8 @@ def test_late_results_change_no_token(
         for _ in range(rng.randrange(4)):
             simulation.step()
         prompt = SHARED[kind] + tail
-        request = simulation.add(prompt, new, eos, external=index < external, namespace=rng.randrange(2))
+        options = {"namespace": rng.randrange(2), "skill": rng.choice([None, 0.5, 0.9, 1.0])}
+        request = simulation.add(prompt, new, eos, external=index < external, **options)
         expected.append((request, alone(prompt, new, eos)))
         if index < external:
             rows.append(request)
@@ -200,9 +204,14 @@ def test_the_simulation_reaches_what_it_is_about() -> None:
     config = EngineConfig(page_size=2, max_num_batched_tokens=16, faults=FaultInjection(retract_every=5))
     simulation = LateSimulation(config, 40, random.Random(0), failures=0.1)
     for i in range(8):
-        simulation.add([1, 2, 3, i % 4, i], 30, i % 2 == 0)
+        simulation.add([1, 2, 3, i % 4, i], 30, i % 2 == 0, skill=0.9 if i > 5 else None)
     simulation.run()
-    assert simulation.num_ahead > 20 and simulation.num_junk > 2 and simulation.num_rolled_back > 0
+    assert (
+        simulation.num_ahead > 20
+        and simulation.num_held > 5
+        and simulation.num_junk > 2
+        and simulation.num_rolled_back > 0
+    )
     assert simulation.scheduler.num_retractions > 2
 
 
@@ -217,7 +226,7 @@ def test_no_step_is_planned_past_the_length() -> None:
     assert not simulation.scheduler.has_work  # both tokens are on their way
     assert simulation.scheduler.schedule().requests == () and not request.status.ended
     for output, token in zip(outputs, (3, 3), strict=True):
-        simulation.scheduler.update(output, {0: token})
+        simulation.scheduler.update(output, {0: [token]})
     assert request.status is RequestStatus.FINISHED and request.token_ids == [1, 2, 3, 3, 3]
 
 
@@ -229,7 +238,7 @@ def test_a_retracted_row_waits_for_its_token_and_keeps_it() -> None:
     scheduler._retract(request, None)
     assert not scheduler.has_work and scheduler.schedule().requests == ()
     scheduler.check_integrity()
-    scheduler.update(output, {0: 2})
+    scheduler.update(output, {0: [2]})
     assert request.token_ids == [1, 2, 3, 2] and request.num_computed_tokens == 0
     assert scheduler.schedule().requests[0].token_ids == (1, 2, 3, 2)
 
@@ -242,7 +251,7 @@ def test_results_come_in_order() -> None:
     second = simulation.scheduler.schedule()
     simulation.scheduler.launched(second)
     with pytest.raises(AssertionError, match="out of order"):
-        simulation.scheduler.update(second, {0: 1})
+        simulation.scheduler.update(second, {0: [1]})
 
 
 def test_only_known_tokens_reach_the_tree() -> None:

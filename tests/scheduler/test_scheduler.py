@@ -47,7 +47,8 @@ def test_every_request_gets_its_own_tokens(config: dict, batch: list, spare: int
         if rng.random() < 0.3:
             simulation.step()
         external = index < cohort
-        request = simulation.add(SHARED[kind] + tail, new, eos, external=external, namespace=rng.randrange(2))
+        options = {"namespace": rng.randrange(2), "skill": rng.choice([None, 0.5, 0.9, 1.0])}
+        request = simulation.add(SHARED[kind] + tail, new, eos, external=external, **options)
         expected.append((request, alone(SHARED[kind] + tail, new, eos)))
         if external:
             rows.append(request)

@@ -99,17 +99,17 @@ def test_the_idle_share_falls_when_the_host_runs_ahead(make_engine, monkeypatch)
         schedule = engine.core.scheduler.schedule
 
         def slow_host(schedule=schedule):
-            time.sleep(0.006)
+            time.sleep(0.02)
             return schedule()
 
         def slow_device(batch, forward):
-            time.sleep(0.009)
+            time.sleep(0.03)
             return forward()
 
         monkeypatch.setattr(engine.core.scheduler, "schedule", slow_host)
         wrap_forward(engine, slow_device)
         for _ in range(2):
-            engine.generate([ids_of(1, 8)], greedy(15))
+            engine.generate([ids_of(1, 8)], greedy(7))
             time.sleep(0.2)  # nothing to do: not the host's fault
         shares[overlap] = engine.stats().device_idle_share
         engine.shutdown()
