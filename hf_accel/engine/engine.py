@@ -84,7 +84,8 @@ class Engine(EngineHost):
             cache_salt: prefixes are shared only between requests of an equal salt.
 
         Raises:
-            ValueError: the prompt is empty, too long for the model or the pool, or holds an id outside the vocabulary.
+            ValueError: the prompt is empty, too long for the model or the pool, or holds an id outside the vocabulary; or the
+                constraint is not supported. It is compiled while the engine goes on with others.
         """
         params = params or SamplingParams()
         text, token_ids = self._prompts.read(prompt, input_ids, params)

@@ -19,6 +19,7 @@ from hf_accel.structured.constraint import WHITESPACE, Constraint
 from hf_accel.structured.dynamic import DynamicGrammar
 from hf_accel.structured.dynamic_rows import DynamicRows
 from hf_accel.structured.mask_table import DONE, FREE, MaskTable, mask_and_keep_alive
+from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import TokenFsm
 from hf_accel.structured.vocabulary import Vocabulary
 
@@ -42,10 +43,10 @@ class ConstraintLogitsProcessor:
     """
 
     def __init__(self, constraints: Any, tokenizer: Any, eos_token_ids: Iterable[int] | None = None) -> None:
-        several = isinstance(constraints, (list, tuple))
-        self._constraints = [
-            None if c is None else Constraint.of(c) for c in (constraints if several else [constraints])
-        ]
+        several = constraints if isinstance(constraints, (list, tuple)) else [constraints]
+        if not several:
+            raise StructureError("the list of constraints is empty: give one (or None) for each prompt")
+        self._constraints = [None if c is None else Constraint.of(c) for c in several]
         eos = [tokenizer.eos_token_id] if eos_token_ids is None else list(eos_token_ids)
         compiler = compiler_for(tokenizer, [e for e in eos if e is not None])
         futures = [None if c is None else compiler.submit(c) for c in self._constraints]

@@ -224,5 +224,9 @@ def test_unsupported_constraints_fail_at_once(tokenizer):
         RegexLogitsProcessor("a(?=b)", tokenizer)
     with pytest.raises(StructureError, match="uniqueItems"):
         JSONSchemaLogitsProcessor({"type": "array", "uniqueItems": True}, tokenizer)
+    with pytest.raises(StructureError, match="list of constraints is empty"):
+        ConstraintLogitsProcessor([], tokenizer)
+    with pytest.raises(StructureError, match="several things"):
+        ConstraintLogitsProcessor(["a"], tokenizer)
     with pytest.raises(StructureError, match="end of sequence"):
         ChoiceLogitsProcessor(["a"], tokenizer, eos_token_ids=[])
