@@ -133,7 +133,10 @@ def compiler_for(tokenizer: Any, eos_token_ids: Iterable[int], vocab_size: int |
     special = tuple(getattr(tokenizer, "all_special_ids", ()))
     key = (size, eos, folder, len(tokenizer), special)
     with _compilers_lock:
-        known = _compilers.setdefault(tokenizer, OrderedDict())
+        try:
+            known = _compilers.setdefault(tokenizer, OrderedDict())
+        except TypeError:  # it has no hash, or no weak references
+            known = OrderedDict()
         if key not in known:
             known[key] = ConstraintCompiler(Vocabulary.of(tokenizer, size, eos), folder)
         known.move_to_end(key)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import threading
+import weakref
 
 import pytest
 
 from hf_accel import Engine, SamplingParams
-from hf_accel.structured.compiler import ConstraintCompiler
+from hf_accel.structured.compiler import ConstraintCompiler, compiler_for
 from hf_accel.structured.syntax import StructureError
 
 FREE = SamplingParams(temperature=0, max_tokens=6)
@@ -142,3 +144,31 @@ def test_a_batch_of_different_constraints_compiles_each_once(engine, slow):
     assert sorted(slow.compiled) == sorted(set(names))
     engine.generate([[5, 6]] * 12, [pattern(n) for n in names])
     assert len(slow.compiled) == 6
+
+
+def test_a_compiler_goes_with_its_tokenizer(tokenizer):
+    class Wrapped:
+        """A tokenizer in another's clothes."""
+
+        def __init__(self) -> None:
+            self.backend_tokenizer, self.all_special_ids = tokenizer.backend_tokenizer, tokenizer.all_special_ids
+
+        def __len__(self) -> int:
+            return len(tokenizer)
+
+    class Unhashable(Wrapped):
+        __hash__ = None
+
+    assert compiler_for(tokenizer, [1]) is compiler_for(tokenizer, [1, 1], 5000)
+    assert compiler_for(tokenizer, [1]) is not compiler_for(tokenizer, [1, 2])
+    assert compiler_for(tokenizer, [1], 3000).vocabulary.size == 3000
+    assert compiler_for(tokenizer, [1, 4099]).vocabulary.size == 4100
+    with pytest.raises(StructureError, match="end of sequence"):
+        compiler_for(tokenizer, [4099], 4096)
+    mine = Wrapped()
+    gone = weakref.ref(compiler_for(mine, [1]))
+    assert compiler_for(mine, [1]) is gone()
+    assert compiler_for(Unhashable(), [1]).vocabulary.digest == gone().vocabulary.digest
+    del mine
+    gc.collect()
+    assert gone() is None
