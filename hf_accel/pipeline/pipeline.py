@@ -23,6 +23,7 @@ from hf_accel.engine import progress as row_progress
 from hf_accel.engine.generate_keywords import CONSTRAINTS, num_prompts, of_prompts
 from hf_accel.pipeline import streaming
 from hf_accel.pipeline.batching import run_window
+from hf_accel.structured.logits_processor import ConstraintLogitsProcessor
 
 LONG_LIST = 8
 """Lists of more prompts than this show a progress bar on a terminal."""
@@ -120,6 +121,8 @@ class AcceleratedPipeline(TextGenerationPipeline):
         if num_lists is not None and length not in (None, num_lists):
             raise ValueError(f"got a list of {num_lists} constraints for {length} prompts: give one (or None) for each")
         params = self._generation_params(forward_params)
+        if all(_acts_by_row(p) for p in params.get("logits_processor") or ()):
+            params.pop("logits_processor", None)  # it keeps no prompts apart
 
         def run() -> Iterator[Any]:
             source = iter(inputs) if hasattr(inputs, "__iter__") else (inputs[i] for i in range(length or 0))
@@ -186,6 +189,11 @@ class AcceleratedPipeline(TextGenerationPipeline):
             generate, list(enumerate(items)), self.tokenizer, decoding, max_threads=self._window(kwargs)
         )
         return (piece for _, piece in pieces) if is_single else pieces
+
+
+def _acts_by_row(processor: Any) -> bool:
+    """Whether a logits processor does to each row what it would do to it alone."""
+    return isinstance(processor, ConstraintLogitsProcessor) and processor.is_for_any_row
 
 
 class _SizedIterator:

@@ -92,6 +92,11 @@ class ConstraintLogitsProcessor:
             raise ValueError(f"{num_rows} rows cannot be shared out among {num} constraints: give one for each prompt")
         return [fsm for fsm in self._fsms for _ in range(num_rows // num)]
 
+    @property
+    def is_for_any_row(self) -> bool:
+        """Whether all rows have one constraint."""
+        return len(self._fsms) == 1
+
     def begins(self, input_ids: Tensor) -> bool:
         """Whether a call on these prompts [num_rows, length] begins anew: none goes on from a row of an earlier call."""
         left = self._unfinished

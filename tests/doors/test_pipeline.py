@@ -97,9 +97,17 @@ def test_wrong_lists(pipe):
         pipe(PROMPTS[0], regex=["a"] * 2, **OPTIONS)
 
 
-def test_processors_and_defaults_of_a_pipeline(model, tokenizer):
+def test_processors(pipe, calls, tokenizer):
+    processor = ConstraintLogitsProcessor({"enum": [3]}, tokenizer)
+    assert texts(pipe(PROMPTS, logits_processor=[processor], **OPTIONS)) == ["3"] * 4
+    assert calls == [4], "a constraint of ours keeps no prompts apart"
+    texts(pipe(PROMPTS[:2], logits_processor=[processor, lambda ids, scores: scores], **OPTIONS))
+    assert calls == [4, 1, 1]
+    several = ConstraintLogitsProcessor([{"enum": [3]}, {"enum": [4]}], tokenizer)
+    with pytest.raises(ValueError, match="1 rows cannot be shared out among 2"):
+        pipe(PROMPTS[:2], logits_processor=[several], **OPTIONS)
+
+
+def test_a_constraint_of_a_pipeline(model, tokenizer):
     pipe = hf_accel.AcceleratedPipeline(model=model, tokenizer=tokenizer, choice=["up", "down"])
     assert set(texts(pipe(PROMPTS, **OPTIONS))) <= {"up", "down"}
-    processor = ConstraintLogitsProcessor({"enum": [3]}, tokenizer)
-    other = hf_accel.AcceleratedPipeline(model=model, tokenizer=tokenizer)
-    assert texts(other(PROMPTS, logits_processor=[processor], **OPTIONS)) == ["3"] * 4
