@@ -54,8 +54,8 @@ class ConstraintCompiler:
         key = constraint.digest
         with self._lock:
             future = self._known.get(key)
-            if future is None or (future.done() and future.exception() is not None):
-                future = self._known[key] = self._pool.submit(self._compile, constraint)
+            if future is None:
+                future = self._known[key] = self._pool.submit(self._compile_or_forget, key, constraint)
             self._known.move_to_end(key)
             self._forget_oldest()
             return future
@@ -76,6 +76,15 @@ class ConstraintCompiler:
                 return
             del self._known[key]
             total -= num_bytes
+
+    def _compile_or_forget(self, key: str, constraint: Constraint) -> Compiled:
+        """A failure is not kept: whoever it is raised to hangs on its traceback, an engine among them."""
+        try:
+            return self._compile(constraint)
+        except BaseException:
+            with self._lock:
+                self._known.pop(key, None)
+            raise
 
     def _compile(self, constraint: Constraint) -> Compiled:
         path = self._path(constraint)

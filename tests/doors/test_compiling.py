@@ -172,3 +172,14 @@ def test_a_compiler_goes_with_its_tokenizer(tokenizer):
     del mine
     gc.collect()
     assert gone() is None
+
+
+def test_a_refusal_keeps_nothing_alive(model, tokenizer):
+    engine = Engine(model, tokenizer, num_pages=64, page_size=8)
+    for _ in range(2):
+        with pytest.raises(StructureError, match="lookahead"):
+            engine.generate([[5, 6]], pattern("a(?=b)"))
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None
