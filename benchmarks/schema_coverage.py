@@ -167,7 +167,10 @@ def cases(folder: Path, count: int, seed: int) -> list[Path]:
 
 def _with_tests(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:
+            continue
         if isinstance(content, dict) and "schema" in content and content.get("tests"):
             yield path
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class RowConstraint:
     """One request's automaton and where its output stands."""
 
+    needs_host = False
+
     def __init__(self, fsm: TokenFsm, table: MaskTable) -> None:
         self.fsm, self.table = fsm, table
         self._start = table.start(fsm)
