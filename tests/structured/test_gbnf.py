@@ -7,12 +7,13 @@ import random
 import re
 
 import pytest
+import regex
 
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.gbnf import is_gbnf, to_lark
 from hf_accel.structured.syntax import StructureError
 
-from .grammars import ARITHMETIC, ARITHMETIC_GBNF, accepts, compiled
+from .grammars import ARITHMETIC, ARITHMETIC_GBNF, accepts, allowed, byte_vocabulary, compiled
 
 AS_REGEX = [
     (r'root ::= "a" | "b" root', r"b*a"),
@@ -56,14 +57,24 @@ def random_grammar(rng: random.Random, depth: int = 3) -> tuple[str, str]:
     return f"{first[0]} {second[0]}", first[1] + second[1]
 
 
-def test_random_grammars_equal_random_regexes():
+def test_random_grammars_equal_random_regexes_text_by_text_and_mask_by_mask():
     pytest.importorskip("llguidance")
     rng = random.Random(2)
     texts = ["".join(t) for n in range(6) for t in itertools.product("ab", repeat=n)]
+    spelled = [b"a", b"b", b"ab", b"ba", b"bba", b"abab"]
+    vocabulary = byte_vocabulary(*spelled[2:])
     for _ in range(60):
         grammar, pattern = random_grammar(rng)
-        found = compiled(Constraint.grammar(f"root ::= {grammar}"))
-        assert [t for t in texts if accepts(found, t)] == [t for t in texts if re.fullmatch(pattern, t)], grammar
+        found = compiled(Constraint.grammar(f"root ::= {grammar}"), vocabulary)
+        right = [t for t in texts if re.fullmatch(pattern, t)]
+        assert [t for t in texts if accepts(found, t)] == right, grammar
+        for text in rng.sample(right, min(len(right), 3)):
+            text = text[: rng.randrange(len(text) + 1)]
+            matcher = found.matcher()
+            matcher.move_to(list(text.encode()))
+            tokens = {i: t.decode() for i, t in enumerate(vocabulary.tokens) if t in spelled}
+            viable = {i for i, t in tokens.items() if regex.fullmatch(pattern, text + t, partial=True)}
+            assert allowed(matcher) - set(vocabulary.eos_token_ids) == viable, (grammar, text)
 
 
 def test_notations_are_told_apart():
