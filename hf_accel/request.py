@@ -50,7 +50,8 @@ class Request:
         admission: order in which it last began to run; the newest is retracted first.
         page_updates: page-table changes that the next step must carry.
         error: why it failed.
-        constraint: what its output must satisfy, as the engine's sampler keeps it; to the scheduler, only whether it `needs_host`.
+        constraint: what its output must satisfy, as the engine's sampler keeps it; nothing to the scheduler.
+        host_constraint: whether the host computes what the constraint allows, from all tokens before.
     """
 
     request_id: int
@@ -79,6 +80,7 @@ class Request:
     num_retractions: int = 0
     page_keys: list[tuple[int, ...]] = field(default_factory=list, repr=False)
     constraint: Any = field(default=None, repr=False)
+    host_constraint: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -104,5 +106,5 @@ class Request:
     def needs_host(self) -> bool:
         """Whether each of its steps must be over before the next is planned: its logits are handed out, or Python
         code chooses from its whole history."""
-        needs = self.external_sampling or self.logits_from is not None or bool(self.params.logits_processors)
-        return needs or (self.constraint is not None and self.constraint.needs_host)
+        needs = self.external_sampling or self.logits_from is not None or self.host_constraint
+        return needs or bool(self.params.logits_processors)

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 class RowConstraint:
     """One request's automaton and where its output stands."""
 
-    needs_host = False
-
     def __init__(self, fsm: TokenFsm, table: MaskTable) -> None:
         self.fsm, self.table = fsm, table
         self._start = table.start(fsm)

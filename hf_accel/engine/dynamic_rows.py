@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 class DynamicConstraint:
     """One request's grammar and where its output stands."""
 
-    needs_host = True
-
     def __init__(self, grammar: DynamicGrammar) -> None:
         self._grammar = grammar
         self._matcher: Matcher | None = None

@@ -22,6 +22,7 @@ from hf_accel.patching.registry import ModelSpec
 from hf_accel.request import Request, RequestStatus
 from hf_accel.sampling_params import SamplingParams
 from hf_accel.structured.compiler import Compiled
+from hf_accel.structured.dynamic import DynamicGrammar
 
 
 class Engine(EngineHost):
@@ -133,6 +134,7 @@ class Engine(EngineHost):
             external_sampling=params.max_tokens == 0,
             logits_from=0 if params.prompt_logprobs is not None and index == 0 else None,
             constraint=None if fsm is None else self._constraints.open(fsm),
+            host_constraint=isinstance(fsm, DynamicGrammar),
         )
 
     def generate(
