@@ -68,12 +68,12 @@ class Bench:
 
     def check(self, engine: str, case: dict[str, Any]) -> dict[str, Any]:
         """What became of a schema: refused (with the reason), or which instances were taken wrongly."""
-        started = time.process_time()
+        started = time.perf_counter()
         try:
             accepts, is_dynamic = self._compiled(engine, case["schema"])
         except StructureError as error:
-            return {"refused": str(error)[:300], "ms": (time.process_time() - started) * 1000}
-        milliseconds = (time.process_time() - started) * 1000
+            return {"refused": str(error)[:300], "ms": (time.perf_counter() - started) * 1000}
+        milliseconds = (time.perf_counter() - started) * 1000
         wrong = {True: 0, False: 0}
         for test in case["tests"]:
             tokens = self.tokenizer.encode(json.dumps(test["data"], ensure_ascii=False), add_special_tokens=False)
