@@ -19,6 +19,7 @@ import numpy as np
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.gbnf import is_gbnf, to_lark
 from hf_accel.structured.json_dynamic import schema_for_llguidance
+from hf_accel.structured.json_endless import is_endless
 from hf_accel.structured.syntax import NothingMatches, StructureError
 from hf_accel.structured.vocabulary import Vocabulary
 
@@ -196,7 +197,10 @@ def lark_of(constraint: Constraint) -> str:
         StructureError: it uses what is not supported here.
     """
     if constraint.kind == "json_schema":
-        schema = schema_for_llguidance(json.loads(constraint.value), constraint.whitespace)
+        asked = json.loads(constraint.value)
+        if is_endless(asked):
+            raise StructureError("every value would hold another one without end: do not require what recurs")
+        schema = schema_for_llguidance(asked, constraint.whitespace)
         return f"start: %json {json.dumps(schema)}\n{_OPTIONS}\n"
     if is_gbnf(constraint.value):
         return f"{to_lark(constraint.value)}\n{_OPTIONS}\n"

@@ -1,7 +1,7 @@
 """Grammars in GBNF, llama.cpp's notation (an EBNF with `::=`), written in Lark's.
 
-Line breaks mean nothing: a rule ends where the next one begins. Every literal and class becomes a terminal of its own, so that
-nothing depends on how terminals are matched. What is in neither notation is refused with its line.
+Line breaks mean nothing: a rule ends where the next one begins. Every character becomes a terminal of its own, so that
+nothing depends on which terminals match longest. What is in neither notation is refused with its line.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class _Reader:
             if kind == "name":
                 one: list[Part] = [_Name(match["name"], self._line(match.start()))]
             elif kind == "literal":
-                one = [_literal(self._chars(match, match["literal"][1:-1]))]
+                one = [_terminal(c) for c in self._chars(match, match["literal"][1:-1])] or ['""']
             elif kind == "set":
                 one = [self._set(match)]
             elif match[0] == ".":
@@ -173,11 +173,8 @@ class _Reader:
         return StructureError(f"line {self._line(match.start())}: {what}")
 
 
-def _literal(chars: list[str]) -> str:
-    text = "".join(chars)
-    if text.isascii() and text.isprintable():
-        return json.dumps(text)
-    return f"/{''.join(map(_spelled, chars))}/"
+def _terminal(char: str) -> str:
+    return json.dumps(char) if char.isascii() and char.isprintable() else f"/{_spelled(char)}/"
 
 
 def _spelled(char: str) -> str:

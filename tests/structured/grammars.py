@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,17 @@ def byte_vocabulary(*more: bytes | None, eos: int = 1) -> Vocabulary:
     return Vocabulary(tokens, tuple(range(len(tokens) - eos, len(tokens))))
 
 
+_BYTES = byte_vocabulary()
+
+
 def compiled(constraint: Constraint, vocabulary: Vocabulary | None = None) -> DynamicGrammar:
     """What the dynamic backend makes of a constraint, whether or not it has an automaton."""
-    return DynamicBackend(vocabulary or byte_vocabulary()).compile(constraint, NotRegular("asked for"))
+    return _backend(vocabulary or _BYTES).compile(constraint, NotRegular("asked for"))
+
+
+@functools.lru_cache(maxsize=4)
+def _backend(vocabulary: Vocabulary) -> DynamicBackend:
+    return DynamicBackend(vocabulary)
 
 
 def allowed(matcher: Matcher) -> set[int]:

@@ -16,6 +16,7 @@ from hf_accel.structured.compiler import ConstraintCompiler
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.dynamic import DynamicGrammar
 from hf_accel.structured.json_dynamic import pattern_for_llguidance
+from hf_accel.structured.json_endless import is_endless
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import TokenFsm
 from hf_accel.structured.vocabulary import Vocabulary
@@ -202,6 +203,36 @@ def test_a_refusal_of_both_names_both_reasons():
         compiler().compile(Constraint.json_schema({"type": "array", "uniqueItems": True}))
     with pytest.raises(StructureError, match=r"allows no value at all[^(]*$"):  # lost for any backend
         compiler().compile(Constraint.json_schema({"type": "integer", "minimum": 3, "maximum": 2}))
+
+
+LINK = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "endless"),
+    [
+        ({"$ref": "#"}, True),
+        (LINK, True),
+        ({**LINK, "required": []}, False),
+        ({**LINK, "type": ["object", "null"]}, False),
+        ({k: v for k, v in LINK.items() if k != "type"}, False),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, True),
+        ({"type": "array", "items": {"$ref": "#"}}, False),
+        ({"type": "array", "prefixItems": [{"type": "null"}, {"$ref": "#"}], "minItems": 1}, False),
+        ({"type": "array", "items": [{"type": "null"}, {"$ref": "#"}], "minItems": 2}, True),
+        ({"anyOf": [LINK, {"type": "array", "items": {"$ref": "#"}, "minItems": 2}]}, True),
+        ({"anyOf": [LINK, {"type": "null"}]}, False),
+        ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"anyOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}, True),
+        ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"type": "null"}}, "allOf": [{"$ref": "#/$defs/a"}]}, False),
+        ({"$ref": "#/$defs/missing"}, False),
+    ],
+    ids=str,
+)
+def test_schemas_without_a_finite_value(schema, endless):
+    assert is_endless(schema) == endless
+    if endless:
+        with pytest.raises(StructureError, match="without end"):
+            compiled(Constraint.json_schema(schema))
 
 
 def test_without_llguidance_the_remedy_is_named(monkeypatch):
