@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from hf_accel.patching.registry import UnsupportedModelError as UnsupportedModelError
     from hf_accel.pipeline import AcceleratedPipeline as AcceleratedPipeline
     from hf_accel.sampling_params import SamplingParams as SamplingParams
+    from hf_accel.structured.constraint import Constraint as Constraint
     from hf_accel.structured.logits_processor import ChoiceLogitsProcessor as ChoiceLogitsProcessor
+    from hf_accel.structured.logits_processor import ConstraintLogitsProcessor as ConstraintLogitsProcessor
+    from hf_accel.structured.logits_processor import GrammarLogitsProcessor as GrammarLogitsProcessor
     from hf_accel.structured.logits_processor import JSONSchemaLogitsProcessor as JSONSchemaLogitsProcessor
     from hf_accel.structured.logits_processor import RegexLogitsProcessor as RegexLogitsProcessor
 
@@ -30,10 +33,13 @@ _EXPORTS = {
     "AcceleratedPipeline": "hf_accel.pipeline",
     "ChoiceLogitsProcessor": "hf_accel.structured.logits_processor",
     "CompletionOutput": "hf_accel.engine.outputs",
+    "Constraint": "hf_accel.structured.constraint",
+    "ConstraintLogitsProcessor": "hf_accel.structured.logits_processor",
     "ContinuationScore": "hf_accel.engine.outputs",
     "Engine": "hf_accel.engine.engine",
     "EngineConfig": "hf_accel.config",
     "EngineStats": "hf_accel.engine.outputs",
+    "GrammarLogitsProcessor": "hf_accel.structured.logits_processor",
     "JSONSchemaLogitsProcessor": "hf_accel.structured.logits_processor",
     "RegexLogitsProcessor": "hf_accel.structured.logits_processor",
     "RequestOutput": "hf_accel.engine.outputs",

@@ -64,6 +64,7 @@ class Request:
         page_updates: page-table changes that the next step must carry.
         error: why it failed.
         constraint: what its output must satisfy, as the engine's sampler keeps it; nothing to the scheduler.
+        host_constraint: whether the host computes what the constraint allows, from all tokens before.
         drafter: who guesses its next tokens; None: nobody.
     """
 
@@ -94,6 +95,7 @@ class Request:
     num_retractions: int = 0
     page_keys: list[tuple[int, ...]] = field(default_factory=list, repr=False)
     constraint: Any = field(default=None, repr=False)
+    host_constraint: bool = False
     drafter: Drafter | None = field(default=None, repr=False)
 
     @property
@@ -120,4 +122,5 @@ class Request:
     def needs_host(self) -> bool:
         """Whether each of its steps must be over before the next is planned: its logits are handed out, or Python
         code chooses from its whole history."""
-        return self.external_sampling or self.logits_from is not None or bool(self.params.logits_processors)
+        needs = self.external_sampling or self.logits_from is not None or self.host_constraint
+        return needs or bool(self.params.logits_processors)

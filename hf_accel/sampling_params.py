@@ -34,11 +34,13 @@ class SamplingParams:
         prompt_logprobs: the same for prompt tokens; their positions are computed, not taken from the prefix cache.
         logit_bias: token id -> value added to its logit.
         logits_processors: callables `(token_ids, logits) -> logits` that see the whole history; applied first.
-        regex: the output is a text that `re.fullmatch(regex, text)` matches. Needs a tokenizer, as do the next three, of
+        regex: the output is a text that `re.fullmatch(regex, text)` matches. Needs a tokenizer, as do the next five, of
             which only one may be given. Eos is allowed where the text is complete, also with `ignore_eos`.
         json_schema: the output is JSON that a schema allows: a dict, JSON text, pydantic model, dataclass, TypedDict or type.
         choice: the output is one of these texts.
         json_object: the output is any JSON object.
+        grammar: the output is a text of this grammar (Lark's notation, or GBNF). Needs the extra `grammar`.
+        constraint: what says by itself what it is: an output type of outlines, a `Constraint`, a schema or a type.
         jump_forward: guess the text that a constraint forces, and verify the guesses in one step: fewer steps, the same answers.
         close_within_budget: the constraint is satisfied within `max_tokens`, eos included: near the end only tokens are
             allowed after which the shortest rest fits. Refused where not even the shortest output does. Without it an
@@ -70,6 +72,8 @@ class SamplingParams:
     json_schema: Any = None
     choice: Sequence[str] | None = None
     json_object: bool = False
+    grammar: str | None = None
+    constraint: Any = None
     jump_forward: bool = True
     close_within_budget: bool = False
 
@@ -103,7 +107,7 @@ class SamplingParams:
             )
         _check(all(self.stop), "stop", self.stop, "non-empty strings")
         if self.num_constraints > 1:
-            raise ValueError("give only one of regex, json_schema, choice and json_object")
+            raise ValueError("give only one of regex, json_schema, choice, grammar, json_object and constraint")
         if self.close_within_budget and not self.constrained:
             raise ValueError("close_within_budget needs a constraint: regex, json_schema, choice or json_object")
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or more, or None")
@@ -121,8 +125,9 @@ class SamplingParams:
 
     @property
     def num_constraints(self) -> int:
-        """How many of `regex`, `json_schema`, `choice` and `json_object` are given."""
-        return sum(v is not None for v in (self.regex, self.json_schema, self.choice)) + bool(self.json_object)
+        """How many of `regex`, `json_schema`, `choice`, `grammar`, `json_object` and `constraint` are given."""
+        given = (self.regex, self.json_schema, self.choice, self.grammar, self.constraint)
+        return sum(v is not None for v in given) + bool(self.json_object)
 
     @functools.cached_property
     def may_jump(self) -> bool:

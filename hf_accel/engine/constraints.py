@@ -6,18 +6,20 @@ step that failed, a request that begins again) the state is found again from the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_accel.engine.closing_rows import Budget, ClosingRows
+from hf_accel.engine.dynamic_rows import DynamicConstraint
 from hf_accel.engine.upload import upload
 from hf_accel.sampling_params import SamplingParams
 from hf_accel.structured.closing import Closing, check_budget
-from hf_accel.structured.compiler import ConstraintCompiler, cache_folder
+from hf_accel.structured.compiler import Compiled, compiler_for
 from hf_accel.structured.constraint import Constraint
+from hf_accel.structured.dynamic import DynamicGrammar
 from hf_accel.structured.jump_forward import MIN_GAIN, GrammarMatcher, TokenPredictor
 from hf_accel.structured.mask_table import FREE, MaskTable, mask_and_keep_alive
 from hf_accel.structured.syntax import StructureError
@@ -111,17 +113,21 @@ class ConstrainedRows:
 
     @classmethod
     def among(cls, rows: Sequence[SamplingRow], lengths: Sequence[int], device: torch.device) -> ConstrainedRows | None:
-        """The constrained ones of `rows`, or None if there are none."""
-        found = [(i, row.constraint) for i, row in enumerate(rows) if row.constraint is not None]
+        """Those of `rows` with an automaton, or None if there are none."""
+        found = [
+            (i, row.constraint)
+            for i, row in enumerate(rows)
+            if isinstance(row.constraint, RowConstraint | GuessedState)
+        ]
         if not found:
             return None
-        free = torch.full((1,), FREE, dtype=torch.long, device=device)
-        states = torch.cat(
-            [free if r.constraint is None else r.constraint.state(r, n) for r, n in zip(rows, lengths, strict=True)]
-        )
-        budgets = [None if r.constraint is None else r.constraint.budget for r in rows]
-        closing = ClosingRows.among(budgets, lengths, states)
-        return cls([i for i, _ in found], [c for _, c in found], states, closing)
+        states = [torch.full((1,), FREE, dtype=torch.long, device=device)] * len(rows)
+        budgets: list[Budget | None] = [None] * len(rows)
+        for i, constraint in found:
+            states[i], budgets[i] = constraint.state(rows[i], lengths[i]), constraint.budget
+        all_states = torch.cat(states)
+        closing = ClosingRows.among(budgets, lengths, all_states)
+        return cls([i for i, _ in found], [c for _, c in found], all_states, closing)
 
     def masked(self, scores: Tensor, *, may_be_lost: bool) -> Tensor:
         """A copy of `scores` in which only allowed tokens have a chance; where edits had left none of these, each has."""
@@ -153,42 +159,63 @@ class EngineConstraints:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos, self._device = tuple(sorted(eos_token_ids)), device
-        self._compiler: ConstraintCompiler | None = None
         self._table: MaskTable | None = None
+        self._vocabulary: Vocabulary | None = None
         self._predictors: dict[TokenFsm, TokenPredictor] = {}
         self._closing: dict[TokenFsm, Closing] = {}
 
-    def compile(self, params: SamplingParams, max_new_tokens: int) -> TokenFsm | None:
-        """The automaton that `params` ask for, compiled now, in the caller's thread; None without a constraint.
+    def compile(self, params: SamplingParams, max_new_tokens: int) -> Compiled | None:
+        """What `params` ask for, compiled, or None without a constraint. Waits for a thread that compiles; holds no lock.
 
         Raises:
             StructureError: the constraint is not supported, or there is no tokenizer or eos to satisfy it with; or it shall
                 be satisfied within `max_new_tokens`, and that cannot be.
         """
-        constraint = constraint_of(params)
-        if constraint is None:
-            return None
-        if self._compiler is None:
-            if self._tokenizer is None:
-                raise StructureError("a constraint needs a tokenizer: Engine(model, tokenizer)")
-            if not self._eos:
-                raise StructureError("a constraint needs an end of sequence: set model.generation_config.eos_token_id")
-            vocabulary = Vocabulary.of(self._tokenizer, self._vocab_size, self._eos)
-            self._compiler = ConstraintCompiler(vocabulary, cache_folder())
-        fsm = self._compiler.compile(constraint)
-        if params.close_within_budget:
-            check_budget(fsm, max_new_tokens)
-        return fsm
+        return self.compile_all([params], [max_new_tokens])[0]
 
-    def open(self, fsm: TokenFsm, num_prompt_tokens: int, closes_at: int | None = None) -> RowConstraint:
-        """A row at the start of an automaton, behind its prompt; it ends within `closes_at` tokens, unless that is None. Called
-        under the engine's lock."""
-        assert self._compiler is not None, "nothing was compiled"
+    def compile_all(self, each: Sequence[SamplingParams], budgets: Sequence[int]) -> list[Compiled | None]:
+        """`compile` for several requests, equal constraints once."""
+        known = {id(params): constraint_of(params) for params in each}
+        constraints = [known[id(params)] for params in each]
+        if not any(constraints):
+            return [None] * len(each)
+        if self._tokenizer is None:
+            raise StructureError("a constraint needs a tokenizer: Engine(model, tokenizer)")
+        if not self._eos:
+            raise StructureError("a constraint needs an end of sequence: set model.generation_config.eos_token_id")
+        compiler = compiler_for(self._tokenizer, self._eos, self._vocab_size)
+        self._vocabulary = compiler.vocabulary
+        futures = [None if c is None else compiler.submit(c) for c in constraints]
+        found = [None if f is None else f.result() for f in futures]
+        for fsm, params, max_new_tokens in zip(found, each, budgets, strict=True):
+            if params.close_within_budget:
+                check_budget(fsm, max_new_tokens)
+        return found
+
+    def open(
+        self,
+        fsm: Compiled,
+        num_prompt_tokens: int,
+        closes_at: int | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> RowConstraint | DynamicConstraint:
+        """A row at the start of what was compiled, no wider than the logits, behind its prompt. Called under the engine's lock.
+
+        Args:
+            fsm: what was compiled.
+            num_prompt_tokens: tokens before the output.
+            closes_at: the output is over within so many tokens, with the prompt's; None: it may be cut off.
+            vocabulary: of an automaton which another has compiled.
+        """
+        if isinstance(fsm, DynamicGrammar):
+            return DynamicConstraint(fsm)
         if self._table is None:
             self._table = MaskTable(self._vocab_size, self._eos, self._device)
+        known = vocabulary or self._vocabulary
+        assert known is not None, "nothing was compiled"
         predictor = self._predictors.get(fsm)
         if predictor is None:
-            predictor = self._predictors[fsm] = TokenPredictor(fsm, self._compiler.vocabulary)
+            predictor = self._predictors[fsm] = TokenPredictor(fsm, known)
         budget = None
         if closes_at is not None:
             if fsm not in self._closing:
@@ -199,10 +226,19 @@ class EngineConstraints:
 
 def constraint_of(params: SamplingParams) -> Constraint | None:
     """What `params` ask of the output. Raises StructureError for what is no constraint."""
-    if params.regex is not None:
-        return Constraint.regex(params.regex)
-    if params.json_schema is not None:
-        return Constraint.json_schema(params.json_schema)
-    if params.choice is not None:
-        return Constraint.choice(params.choice)
-    return Constraint.json_object() if params.json_object else None
+    return constraint_from({name: getattr(params, name) for name in CONSTRAINTS})
+
+
+CONSTRAINTS = ("regex", "json_schema", "choice", "grammar", "json_object", "constraint")
+"""Names by which a constraint is given, to a request or to `generate`."""
+
+
+def constraint_from(given: Mapping[str, Any]) -> Constraint | None:
+    """The constraint that was given by one of `CONSTRAINTS`; None if by none. Raises StructureError for what is none."""
+    for name in CONSTRAINTS:
+        value = given.get(name)
+        if name == "json_object" and value:
+            return Constraint.json_object()
+        if name != "json_object" and value is not None:
+            return Constraint.of(value) if name == "constraint" else getattr(Constraint, name)(value)
+    return None

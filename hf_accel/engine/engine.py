@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from hf_accel.config import EngineConfig
 from hf_accel.engine import scoring
 from hf_accel.engine.async_stream import iterate_in_thread
-from hf_accel.engine.constraints import EngineConstraints
+from hf_accel.engine.constraints import EngineConstraints, RowConstraint
+from hf_accel.engine.dynamic_rows import DynamicConstraint
 from hf_accel.engine.executor import StepResult
 from hf_accel.engine.group import OutputGroup, make_output
 from hf_accel.engine.host import EngineHost
@@ -21,7 +22,8 @@ from hf_accel.engine.sampled import InvalidLogits
 from hf_accel.patching.registry import ModelSpec
 from hf_accel.request import Request, RequestStatus
 from hf_accel.sampling_params import SamplingParams
-from hf_accel.structured.token_fsm import TokenFsm
+from hf_accel.structured.compiler import Compiled
+from hf_accel.structured.vocabulary import Vocabulary
 
 
 class Engine(EngineHost):
@@ -82,16 +84,23 @@ class Engine(EngineHost):
             cache_salt: prefixes are shared only between requests of an equal salt.
 
         Raises:
-            ValueError: the prompt is empty, too long for the model or the pool, or holds an id outside the vocabulary.
+            ValueError: the prompt is empty, too long for the model or the pool, or holds an id outside the vocabulary; or the
+                constraint is not supported. It is compiled while the engine goes on with others.
         """
         params = params or SamplingParams()
         text, token_ids = self._prompts.read(prompt, input_ids, params)
-        return self._queue(text, token_ids, params, priority, (self.begin_request(), cache_salt))
+        fsm = self._constraints.compile(params, self._max_total(token_ids, params) - len(token_ids))
+        return self._queue(text, token_ids, params, priority, (self.begin_request(), cache_salt), fsm)
 
     def _queue(
-        self, text: str | None, token_ids: list[int], params: SamplingParams, priority: int, namespace: Hashable
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        namespace: Hashable,
+        fsm: Compiled | None,
     ) -> int:
-        fsm = self._constraints.compile(params, self._max_total(token_ids, params) - len(token_ids))
         with self.core.lock:
             group: OutputGroup | None = None
             for index in range(params.n):
@@ -115,7 +124,7 @@ class Engine(EngineHost):
         namespace: Hashable,
         priority: int,
         index: int,
-        fsm: TokenFsm | None,
+        fsm: Compiled | None,
     ) -> Request:
         seed = params.seed + index if params.seed is not None else int(torch.randint(1 << 62, ()))
         most = self._max_total(token_ids, params)
@@ -134,13 +143,21 @@ class Engine(EngineHost):
             external_sampling=params.max_tokens == 0,
             logits_from=0 if params.prompt_logprobs is not None and index == 0 else None,
             constraint=constraint,
-            drafter=constraint if params.may_jump else None,
+            host_constraint=isinstance(constraint, DynamicConstraint),
+            drafter=constraint if params.may_jump and isinstance(constraint, RowConstraint) else None,
         )
 
     def _max_total(self, token_ids: list[int], params: SamplingParams) -> int:
         """Most tokens that a prompt and an output of it may have together."""
         limit = self.core.executor.runner.spec.max_positions
         return limit if params.max_tokens is None else min(limit, len(token_ids) + params.max_tokens)
+
+    def open_constraint(
+        self, fsm: Compiled, num_prompt_tokens: int, closes_at: int | None, vocabulary: Vocabulary
+    ) -> RowConstraint | DynamicConstraint:
+        """A row's constraint for `open_row`, compiled elsewhere for a vocabulary not wider than the logits."""
+        with self.core.lock:
+            return self._constraints.open(fsm, num_prompt_tokens, closes_at, vocabulary)
 
     def generate(
         self,
@@ -170,15 +187,15 @@ class Engine(EngineHost):
             )
         each = [one or SamplingParams() for one in each]
         read = [self._prompts.read(prompt, None, one) for prompt, one in zip(batch, each, strict=True)]
-        for (_, token_ids), one in zip(read, each, strict=True):  # what is refused is refused before anything is queued
-            self._constraints.compile(one, self._max_total(token_ids, one) - len(token_ids))
+        budgets = [self._max_total(ids, one) - len(ids) for (_, ids), one in zip(read, each, strict=True)]
+        compiled = self._constraints.compile_all(each, budgets)  # what is refused is refused before anything is queued
         namespace = (self.begin_request(), None)
         ids: list[int] = []
         disable = (len(batch) <= 8 or None) if use_tqdm is None else not use_tqdm  # None: only on a terminal
         try:
             with tqdm(total=len(batch), disable=disable, desc="generate", unit="prompt") as bar, self.core.driving():
-                for (text, token_ids), one in zip(read, each, strict=True):
-                    ids.append(self._queue(text, token_ids, one, 0, namespace))
+                for (text, token_ids), one, fsm in zip(read, each, compiled, strict=True):
+                    ids.append(self._queue(text, token_ids, one, 0, namespace, fsm))
                 groups = [self._groups[i] for i in ids]
                 num_done = 0
                 while num_done < len(groups):

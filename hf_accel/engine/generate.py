@@ -1,7 +1,7 @@
 """`model.generate` on the engine: what replaces HF's `_sample` for a patched model.
 
-Three ways, and never a silent difference: plain greedy calls run natively (rows advance independently, finished ones cost
-nothing); calls with processors, criteria, sampling or a streamer run HF's own loop in the caller's thread, on logits that
+Three ways, and never a silent difference: plain greedy calls, constrained or not, run natively (rows advance independently,
+finished ones cost nothing); calls with processors, criteria, sampling or a streamer run HF's own loop in the caller's thread, on logits that
 the engine batches with everybody else's; whatever we cannot honour goes to the original with one log line that says why.
 """
 
@@ -23,6 +23,7 @@ from transformers.generation import (
 
 from hf_accel.engine import progress
 from hf_accel.engine.engine import Engine
+from hf_accel.engine.generate_constraints import ConstraintOfRow, Constraints, constraints_of, note_unfinished
 from hf_accel.engine.kv_export import export_kv
 from hf_accel.engine.sampled import InvalidLogits
 from hf_accel.patching.eligibility import call_reason, model_reason, padding_reason, window_reason
@@ -67,8 +68,9 @@ def sample(
     namespace = engine.begin_call()
     prompts = _strip_padding(input_ids, model_kwargs.get("attention_mask"))
     new_tokens = generation_config.max_length - input_ids.shape[1]
+    constraints = constraints_of(engine, logits_processor, input_ids, _eos_ids(stopping_criteria))
     native = (
-        not logits_processor
+        constraints is not None
         and not generation_config.do_sample
         and not generation_config.return_dict_in_generate
         and streamer is None
@@ -78,7 +80,7 @@ def sample(
     if reason:
         return fall_back(reason)
     call = _Call(engine, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    call.open(prompts, new_tokens, namespace, external=not native)
+    call.open(prompts, new_tokens, namespace, constraints if native else None)
     try:
         if native:
             return _generate_native(call)
@@ -138,17 +140,27 @@ class _Call:
         self.pad_id: int | None = None if pad is None else int(pad)
         self.has_eos = any(hasattr(c, "eos_token_id") for c in criteria)
 
-    def open(self, prompts: Sequence[list[int]], new_tokens: int, namespace: Hashable, external: bool) -> None:
-        """Queue one row a prompt."""
+    def open(
+        self, prompts: Sequence[list[int]], new_tokens: int, namespace: Hashable, constraints: Constraints | None
+    ) -> None:
+        """Queue one row a prompt: the engine's, under a constraint or None each; the caller's to sample where there are none."""
         eos = _eos_ids(self.criteria)
         with self.core.lock:
-            for prompt in prompts:
-                total = len(prompt) + new_tokens
-                self.rows.append(
-                    self.engine.open_row(
-                        prompt, GREEDY, (namespace, None), max_total_tokens=total, eos=eos, external=external
-                    )
+            for prompt, one in zip(prompts, constraints or [None] * len(prompts), strict=True):
+                row = self.engine.open_row(
+                    prompt,
+                    GREEDY,
+                    (namespace, None),
+                    max_total_tokens=len(prompt) + new_tokens,
+                    eos=eos,
+                    external=constraints is None,
+                    constraint=None if one is None else self._open_constraint(one, len(prompt)),
                 )
+                self.rows.append(row)
+
+    def _open_constraint(self, one: ConstraintOfRow, num_prompt_tokens: int) -> Any:
+        closes_at = None if one.max_output is None else num_prompt_tokens + one.max_output
+        return self.engine.open_constraint(one.compiled, num_prompt_tokens, closes_at, one.vocabulary)
 
 
 def _generate_native(call: _Call) -> torch.Tensor:
@@ -175,6 +187,8 @@ def _generate_native(call: _Call) -> torch.Tensor:
     for criterion in call.criteria:
         if isinstance(criterion, MaxLengthCriteria):
             criterion(sequences[:, :-1], None)  # gives HF's warning past the model's longest position
+    if any(row.finish_reason == "length" for row in rows):
+        note_unfinished(call.processors, sequences, call.input_ids.shape[1])
     return sequences
 
 

@@ -17,7 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_accel.config import EngineConfig
+from hf_accel.engine.constraints import RowConstraint
 from hf_accel.engine.core import EngineCore
+from hf_accel.engine.dynamic_rows import DynamicConstraint
 from hf_accel.engine.executor import Executor, StepResult
 from hf_accel.engine.model_runner import ModelRunner
 from hf_accel.engine.outputs import EngineStats
@@ -104,6 +106,7 @@ class EngineHost:
         eos: frozenset[int],
         external: bool,
         logits_from: int | None = None,
+        constraint: RowConstraint | DynamicConstraint | None = None,
     ) -> Request:
         """Queue one row of a call; `external` rows get their logits by `core.next_logits`. Close it with `close_rows`."""
         return self.core.add(
@@ -117,6 +120,9 @@ class EngineHost:
                 eos_token_ids=eos,
                 external_sampling=external,
                 logits_from=logits_from,
+                constraint=constraint,
+                host_constraint=isinstance(constraint, DynamicConstraint),
+                drafter=constraint if isinstance(constraint, RowConstraint) and not external else None,
             )
         )
 

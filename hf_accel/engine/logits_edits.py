@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_accel.engine.constraints import GuessedState, RowConstraint
+from hf_accel.engine.dynamic_rows import DynamicConstraint
 from hf_accel.engine.upload import upload
 from hf_accel.sampling_params import SamplingParams
 
@@ -36,7 +37,7 @@ class SamplingRow:
     num_prompt_tokens: int
     seed: int
     eos_token_ids: frozenset[int] = frozenset()
-    constraint: RowConstraint | GuessedState | None = None
+    constraint: RowConstraint | GuessedState | DynamicConstraint | None = None
     _counts: _TokenCounts | None = field(default=None, repr=False, compare=False)
 
     def below_min_tokens(self, length: int) -> bool:

@@ -15,7 +15,8 @@ from hf_accel.engine.engine import Engine
 from hf_accel.engine.generate import sample
 from hf_accel.engine.generate_keywords import with_constraint
 from hf_accel.engine.model_runner import kv_storage_dtype
-from hf_accel.patching import hooks
+from hf_accel.engine.outlines_door import processor_for
+from hf_accel.patching import hooks, outlines_hook
 from hf_accel.patching.registry import ModelSpec, base_model, read_spec
 
 
@@ -34,8 +35,9 @@ _patched: weakref.WeakKeyDictionary[PreTrainedModel, _Patched] = weakref.WeakKey
 def patch(model: Any, **config: Any) -> Any:
     """Accelerate `model.generate` in place; its signature, return types and answers stay as they are.
 
-    `generate` also takes `regex=`, `json_schema=`, `choice=` or `json_object=True` with `tokenizer=`, and
-    `close_within_budget=True`: see `SamplingParams`.
+    `generate` also takes `regex=`, `json_schema=`, `choice=`, `grammar=`, `json_object=True` or `constraint=` with `tokenizer=`, one
+    for all prompts or a list with one (or None) for each, and `close_within_budget=True`: see `SamplingParams`. Generators of
+    outlines on the model use these masks.
     The model's modules, parameters, `state_dict` and attributes are not touched; on CUDA the q, k and v weights of a plain dense
     Llama-like layer come to lie one after the other in memory, as do its gate and up weights, until `unpatch` or `sleep`. KV
     memory is taken at the first call.
@@ -63,6 +65,7 @@ def patch(model: Any, **config: Any) -> Any:
     _patched[hf_model] = _Patched(config, spec, weakref.ref(model))
     try:
         hooks.install(hf_model, _run, with_constraint, unpatch, wrapper=model)
+        outlines_hook.install(hf_model, functools.partial(processor_for, is_patched))
     except BaseException:
         unpatch(model)
         raise
@@ -75,6 +78,7 @@ def unpatch(model: Any) -> Any:
     entry = _patched.pop(hf_model, None)
     if entry is not None:
         hooks.uninstall(hf_model)
+        outlines_hook.uninstall(hf_model)
         hooks.uninstall(entry.wrapper())
         if entry.engine is not None:
             entry.engine.shutdown()

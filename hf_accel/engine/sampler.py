@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_accel.engine.constraints import ConstrainedRows
 from hf_accel.engine.device_sampling import choose
+from hf_accel.engine.dynamic_rows import mask_dynamic
 from hf_accel.engine.inverse_cdf import invert, uniform
 from hf_accel.engine.logits_edits import SamplingRow, edit, is_edited
 from hf_accel.engine.logits_filters import filter_logits
@@ -44,7 +45,7 @@ class Sampler:
             processor is that row's `error`.
         """
         assert logits.dim() == 2 and logits.shape[0] == len(rows)
-        if logits.device.type == "cpu" and all(row.params.plain_greedy for row in rows):
+        if logits.device.type == "cpu" and all(row.params.plain_greedy and row.constraint is None for row in rows):
             return _greedy_on_host(logits)
         return self.begin(logits, rows, [len(row.token_ids) for row in rows]).finish()
 
@@ -69,6 +70,7 @@ class Sampler:
         constrained = ConstrainedRows.among(rows, lengths, logits.device)
         if constrained is not None:
             scores = constrained.masked(scores, may_be_lost=bool(edited))
+        scores = mask_dynamic(scores, rows, lengths, errors, bool(edited))
         token_ids, valid = _choose(scores, rows, lengths)
         if constrained is not None:
             constrained.advance(token_ids)

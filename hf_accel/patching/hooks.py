@@ -8,6 +8,7 @@ rest never reach `_sample`. Knows nothing of engines: what runs instead is hande
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -95,10 +96,16 @@ def _seams(cls: Any, entries: dict[int, _Entry]) -> dict[str, Callable[..., Any]
 
 
 def _translating(original: Callable[..., Any], entries: dict[int, _Entry]) -> Callable[..., Any]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in inspect.signature(original).parameters.values() if p.kind in kinds][1:]
+
     @functools.wraps(original)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         entry = entries.get(id(self))
         if entry is not None and entry[0]() is self:
+            by_position = dict(zip(names, args, strict=False))
+            if len(args) == len(by_position) and not by_position.keys() & kwargs.keys():
+                args, kwargs = (), {**by_position, **kwargs}
             kwargs = entry[2](self, kwargs)
         return original(self, *args, **kwargs)
 

@@ -21,7 +21,7 @@ def run_window(
     forward: Callable[..., dict[str, Any]],
     window: Sequence[Inputs],
     params: Mapping[str, Any],
-    forward_params: Mapping[str, Any],
+    forward_params: Callable[[Sequence[int]], Mapping[str, Any]],
     on_group: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Model outputs of the prompts in `window`, in order, each as HF's `forward` returns it for that prompt alone.
@@ -29,17 +29,17 @@ def run_window(
     Args:
         forward: the pipeline's `forward(inputs, **forward_params)`.
         params: the generation parameters in force, from whatever source (they decide what may share a call).
-        forward_params: what is passed to `forward`.
+        forward_params: what is passed to `forward` with some prompts, by their indices in `window`.
         on_group: told how many prompts each finished call served.
     """
     results: list[dict[str, Any] | None] = [None] * len(window)
     lengths = [inputs["input_ids"].shape[-1] for inputs in window]
     for group in make_groups(lengths, grouping_of(params)):
         if len(group) == 1:
-            results[group[0]] = forward(window[group[0]], **forward_params)
+            results[group[0]] = forward(window[group[0]], **forward_params(group))
         else:
             members = [window[i] for i in group]
-            outputs = forward(left_padded(members, params.get("pad_token_id")), **forward_params)
+            outputs = forward(left_padded(members, params.get("pad_token_id")), **forward_params(group))
             for index, output in zip(group, split(outputs, members, params), strict=True):
                 results[index] = output
         on_group(len(group))

@@ -27,6 +27,7 @@ BY_ROW = frozenset({
     "epsilon_cutoff", "eta_cutoff", "renormalize_logits", "remove_invalid_values", "suppress_tokens", "stop_strings",
     "num_return_sequences", "eos_token_id", "pad_token_id", "bos_token_id", "tokenizer", "prefix_length",
     "prefill_chunk_size", "max_cache_len", "cache_config", "compile_config", "disable_compile",
+    "regex", "json_schema", "choice", "grammar", "json_object", "constraint",
 })  # fmt: skip
 """Parameters that act on each row's own logits or new tokens."""
 

@@ -7,6 +7,7 @@ stay HF's own methods.
 from __future__ import annotations
 
 import collections.abc
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -19,9 +20,10 @@ from transformers import AutoTokenizer, PreTrainedModel, TextGenerationPipeline
 
 import hf_accel
 from hf_accel.engine import progress as row_progress
-from hf_accel.engine.generate_keywords import CONSTRAINTS
+from hf_accel.engine.generate_keywords import CONSTRAINTS, num_prompts, of_prompts
 from hf_accel.pipeline import streaming
 from hf_accel.pipeline.batching import run_window
+from hf_accel.structured.logits_processor import ConstraintLogitsProcessor
 
 LONG_LIST = 8
 """Lists of more prompts than this show a progress bar on a terminal."""
@@ -75,8 +77,8 @@ class AcceleratedPipeline(TextGenerationPipeline):
                 `(index of the prompt, piece)` for a list. The pieces of a prompt join to its new text.
             batch_size: prompts handed to the engine at once; for a generator, also how many are read ahead (1 for a source
                 that waits for the previous answer).
-            kwargs: as for HF's pipeline; also `progress=True` or `False`, and `regex=`, `json_schema=`, `choice=` or
-                `json_object=True`: see `SamplingParams`.
+            kwargs: as for HF's pipeline; also `progress=True` or `False`, and `regex=`, `json_schema=`, `choice=`, `grammar=`,
+                `json_object=True` or `constraint=` (see `SamplingParams`), or a list with one, or None, for each prompt.
 
         Returns:
             What HF's pipeline returns: a list of dicts for one prompt, a list of those for a list, an iterator over them for
@@ -112,19 +114,26 @@ class AcceleratedPipeline(TextGenerationPipeline):
         """Outputs of many inputs, in order; `batch_size` of them are prepared and generated at once."""
         forward_params = dict(forward_params)
         show = forward_params.pop("progress", self._progress)
-        if batch_size == 1 and not show:
+        num_lists = num_prompts(forward_params)
+        if batch_size == 1 and not show and num_lists is None:
             return super().get_iterator(inputs, 0, 1, preprocess_params, forward_params, postprocess_params)
         length = len(inputs) if isinstance(inputs, collections.abc.Sized) else None
+        if num_lists is not None and length not in (None, num_lists):
+            raise ValueError(f"got a list of {num_lists} constraints for {length} prompts: give one (or None) for each")
         params = self._generation_params(forward_params)
+        if all(_acts_by_row(p) for p in params.get("logits_processor") or ()):
+            params.pop("logits_processor", None)  # it keeps no prompts apart
 
         def run() -> Iterator[Any]:
             source = iter(inputs) if hasattr(inputs, "__iter__") else (inputs[i] for i in range(length or 0))
             is_list = isinstance(inputs, list)
+            starts = itertools.count(0, batch_size)
             with _Bar(show, length, is_list, params.get("num_return_sequences") or 1) as bar:
                 while window := list(itertools.islice(source, batch_size)):
+                    own = functools.partial(of_prompts, forward_params, first=next(starts))
                     prepared = [self.preprocess(item, **preprocess_params) for item in window]
                     with row_progress.track(bar.rows_finished) if bar.shown else nullcontext():
-                        outputs = run_window(self.forward, prepared, params, forward_params, bar.group_finished)
+                        outputs = run_window(self.forward, prepared, params, own, bar.group_finished)
                     yield from (self.postprocess(output, **postprocess_params) for output in outputs)
 
         return _SizedIterator(run, length)
@@ -167,12 +176,24 @@ class AcceleratedPipeline(TextGenerationPipeline):
             "clean_up_tokenization_spaces": postprocess_params.get("clean_up_tokenization_spaces"),
         }
 
-        def generate(item: Any, streamer: Any) -> None:
-            self.forward(self.preprocess(item, **preprocess_params), streamer=streamer, **forward_params)
+        def generate(numbered: tuple[int, Any], streamer: Any) -> None:
+            own = of_prompts(forward_params, [numbered[0]])
+            self.forward(self.preprocess(numbered[1], **preprocess_params), streamer=streamer, **own)
 
         items, is_single = streaming.as_items(text_inputs)
-        pieces = streaming.stream(generate, items, self.tokenizer, decoding, max_threads=self._window(kwargs))
+        if (num_lists := num_prompts(forward_params)) not in (None, len(items)):
+            raise ValueError(
+                f"got a list of {num_lists} constraints for {len(items)} prompts: give one (or None) for each"
+            )
+        pieces = streaming.stream(
+            generate, list(enumerate(items)), self.tokenizer, decoding, max_threads=self._window(kwargs)
+        )
         return (piece for _, piece in pieces) if is_single else pieces
+
+
+def _acts_by_row(processor: Any) -> bool:
+    """Whether a logits processor does to each row what it would do to it alone."""
+    return isinstance(processor, ConstraintLogitsProcessor) and processor.is_for_any_row
 
 
 class _SizedIterator:

@@ -1,7 +1,7 @@
-"""What a user may ask of an output, as one kind of object: a pattern, a JSON Schema, a choice, or any JSON object.
+"""What a user may ask of an output, as one kind of object: a pattern, a JSON Schema, a choice, any JSON object, or a grammar.
 
 Owns the reading of the forms in which people give these (dicts, JSON text, pydantic models, dataclasses, typed dicts, terms of
-outlines). Compiles to byte automata; knows no vocabulary.
+outlines). Compiles to byte automata what is regular; knows no vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 from hf_accel.structured.automaton import ByteDfa, compile_node, compile_texts
 from hf_accel.structured.json_schema import compile_json_schema
 from hf_accel.structured.regex import parse_regex
-from hf_accel.structured.syntax import StructureError
+from hf_accel.structured.syntax import NothingMatches, NotRegular, StructureError
+from hf_accel.structured.terms import is_term, read_term, tree_node
 
 WHITESPACE = " ?"
 
@@ -30,8 +31,8 @@ class Constraint:
     """A set of texts.
 
     Attributes:
-        kind: "regex", "json_schema" or "choice".
-        value: the pattern, the schema's JSON text, or the JSON list of choices.
+        kind: "regex", "json_schema", "choice", "grammar" or "term".
+        value: the pattern, the schema's JSON text, the JSON list of choices, the grammar, or a term of outlines as JSON.
         whitespace: for schemas, pattern of what may stand after commas and colons.
     """
 
@@ -40,8 +41,45 @@ class Constraint:
     whitespace: str = WHITESPACE
 
     @classmethod
+    def of(cls, source: Any) -> Constraint:
+        """A constraint from whatever says by itself what it is.
+
+        Args:
+            source: a Constraint, an output type of outlines (`Regex`, `JsonSchema`, `Choice`, `CFG` or a term built of such), a
+                JSON Schema as a dict, or a type whose values as JSON are meant (pydantic model, dataclass, TypedDict, ...).
+
+        Raises:
+            StructureError: it is none of these, or could be several: a text may be a pattern, a schema or a grammar.
+        """
+        if isinstance(source, Constraint):
+            return source
+        if is_term(source):
+            return cls._of_term(source)
+        if isinstance(source, (str, bytes, list, tuple, set)):
+            raise StructureError(
+                f"{source!r} could mean several things: say which by Constraint.regex, .json_schema, .choice or .grammar"
+            )
+        return cls.json_schema(source)
+
+    @classmethod
+    def _of_term(cls, term: Any) -> Constraint:
+        kind = type(term).__name__
+        if kind == "CFG":
+            return cls.grammar(term.definition)
+        if kind == "Regex":
+            return cls.regex(term.pattern)
+        tree = read_term(term)
+        if tree[0] == "schema":
+            return cls("json_schema", tree[1], tree[2])
+        if tree[0] == "text":
+            return cls.choice([tree[1]])
+        return cls("term", json.dumps(tree))
+
+    @classmethod
     def regex(cls, pattern: str) -> Constraint:
         """Texts that `re.fullmatch(pattern, text)` matches."""
+        if is_term(pattern):
+            return cls.of(pattern)
         if not isinstance(pattern, str):
             raise StructureError(f"a pattern must be a string, not {type(pattern).__name__}")
         return cls("regex", pattern)
@@ -49,6 +87,8 @@ class Constraint:
     @classmethod
     def json_schema(cls, schema: Any, whitespace: str = WHITESPACE) -> Constraint:
         """JSON texts that a schema allows: a dict, JSON text, pydantic model, dataclass, TypedDict, or a type of values."""
+        if is_term(schema):
+            return cls.of(schema)
         return cls("json_schema", json.dumps(schema_of(schema)), whitespace)
 
     @classmethod
@@ -59,10 +99,25 @@ class Constraint:
     @classmethod
     def choice(cls, choices: Sequence[str] | type[enum.Enum]) -> Constraint:
         """One of some texts."""
+        if is_term(choices):
+            return cls.of(choices)
         values = [m.value for m in choices] if isinstance(choices, type) else list(choices)
         if isinstance(choices, str) or not values or not all(isinstance(v, str) for v in values):
             raise StructureError("a choice needs a list of at least one string")
         return cls("choice", json.dumps(values))
+
+    @classmethod
+    def grammar(cls, text: str) -> Constraint:
+        """Texts of a context-free grammar, in one of two notations.
+
+        * Lark, as llguidance reads it: the rule `start`, terminals in capitals, `%ignore`, `%import common.X`, `/regex/`.
+        * GBNF, as llama.cpp has it (an EBNF with `::=`): the rule `root` (or `start`), "literals", [classes], `* + ? {m,n}`.
+        """
+        if is_term(text):
+            return cls.of(text)
+        if not isinstance(text, str) or not text.strip():
+            raise StructureError("a grammar must be a text in Lark's notation or in GBNF")
+        return cls("grammar", text)
 
     @property
     def digest(self) -> str:
@@ -80,12 +135,16 @@ class Constraint:
         """
         dfa = _compiled(self, counting)
         if dfa.is_empty:
-            raise StructureError(f"the {self.kind} {self.value!r} matches no text at all")
+            raise NothingMatches(f"the {self.kind} {self.value!r} matches no text at all")
         return dfa
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(constraint: Constraint, counting: bool) -> ByteDfa:
+    if constraint.kind == "grammar":
+        raise NotRegular("a grammar is not regular: it needs the dynamic backend")
+    if constraint.kind == "term":
+        return compile_node(tree_node(json.loads(constraint.value), counting=counting))
     if constraint.kind == "regex":
         return compile_node(parse_regex(constraint.value))
     if constraint.kind == "choice":

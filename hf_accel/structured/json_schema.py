@@ -16,7 +16,16 @@ from typing import Any
 from hf_accel.structured.automaton import ByteDfa, compile_node
 from hf_accel.structured.json_refs import References, Schema
 from hf_accel.structured.json_types import TYPES, TypeCompiler
-from hf_accel.structured.syntax import NOTHING, Alt, CounterConflict, Language, Node, NotRegular, StructureError
+from hf_accel.structured.syntax import (
+    NOTHING,
+    Alt,
+    CounterConflict,
+    Language,
+    Node,
+    NothingMatches,
+    NotRegular,
+    StructureError,
+)
 
 MAX_ALTERNATIVES = 200
 REFUSED = ("not", "if", "then", "else", "$dynamicRef", "$recursiveRef", "dependencies")
@@ -39,7 +48,7 @@ def compile_json_schema(schema: Schema | str, *, whitespace: str = " ?", countin
     except CounterConflict:
         dfa = SchemaCompiler(root, whitespace, counting=False).compile([root])
     if dfa.is_empty:
-        raise StructureError("the schema allows no value at all: look for keywords that contradict each other")
+        raise NothingMatches("the schema allows no value at all: look for keywords that contradict each other")
     return dfa
 
 

@@ -55,7 +55,7 @@ class MaskTable:
     def start(self, fsm: TokenFsm) -> int:
         """The global state in which a row of this automaton starts; adds it when it is new."""
         if id(fsm) not in self._starts:
-            self._starts[id(fsm)] = self._add(fsm)
+            self._starts[id(fsm)] = self._add(fsm.widened(self.classes.shape[1]))
             self._kept.append(fsm)
         return self._starts[id(fsm)]
 

@@ -42,15 +42,15 @@ _REFUSED = {
 }
 
 
-def parse_regex(pattern: str) -> Node:
-    """The texts that `re.fullmatch(pattern, text)` matches.
+def parse_regex(pattern: str, *, part: bool = False) -> Node:
+    """The texts that `re.fullmatch(pattern, text)` matches; as a part of a larger text it may have no anchors.
 
     Raises:
         StructureError: the pattern is no regular expression, or uses what no finite automaton can (or we do not) decide:
             lookaround, backreferences, conditionals, atomic groups, possessive repetition, `\\b`, anchors in the middle.
     """
     data, flags = _parsed(pattern)
-    return _Translator(pattern).sequence(data, flags, at_start=True, at_end=True)
+    return _Translator(pattern).sequence(data, flags, at_start=not part, at_end=not part)
 
 
 def parse_search(pattern: str) -> Node:

@@ -41,9 +41,11 @@ class RowMemory:
         """The most tokens that a row of `length` tokens can have generated, as the host knows."""
         return max((1 + most for _, _, most in self._latest(length - 1)), default=0)
 
-    def add(self, hashes: Tensor, length: int, states: Tensor, generated: Tensor) -> None:
-        """Remember rows of `length` tokens; all arguments as in `find`."""
-        step = (hashes, torch.stack([states, generated], dim=1), self.most_generated(length))
+    def add(self, hashes: Tensor, length: int, states: Tensor, generated: Tensor, most: int | None = None) -> None:
+        """Remember rows of `length` tokens; arguments as in `find`. `most` is the highest of `generated`, where steps before
+        were done elsewhere."""
+        most = self.most_generated(length) if most is None else most
+        step = (hashes, torch.stack([states, generated], dim=1), most)
         with self._lock:
             self._steps.setdefault(length, []).append(step)
             self._order.append(length)

@@ -7,6 +7,7 @@ difference. Knows no tensors: `mask_table.py` puts it on a device.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,17 @@ class TokenFsm:
             and _within(self.row_of[:, [2, 4]], 0, FAR)
             and _within(self.classes, 0, self.table.shape[1])
             and _within(self.table, DEAD, self.num_states)
+        )
+
+    def widened(self, vocab_size: int) -> TokenFsm:
+        """This automaton for logits of `vocab_size`, not less than its own width: the ids added are never allowed."""
+        more = vocab_size - len(self.classes)
+        if not more:
+            return self
+        assert more > 0, "an automaton of more tokens than there are logits"
+        words = -(-vocab_size // 32) - self.masks.shape[1]
+        return dataclasses.replace(
+            self, masks=np.pad(self.masks, ((0, 0), (0, words))), classes=np.pad(self.classes, (0, more))
         )
 
     def advance(self, state: int, token_id: int, count: int = 0) -> tuple[int, int]:

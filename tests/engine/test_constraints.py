@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 import hf_accel
 from hf_accel import Engine, SamplingParams
 from hf_accel.config import FaultInjection
+from hf_accel.structured import compiler
 from hf_accel.structured.logits_processor import RegexLogitsProcessor
 from hf_accel.structured.syntax import StructureError
 
@@ -41,8 +42,8 @@ def model(tokenizer):
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "constraints")
 
 
 def params(**options) -> list[SamplingParams]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 import hf_accel
+from hf_accel.structured import compiler
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.logits_processor import (
     ChoiceLogitsProcessor,
@@ -43,8 +45,8 @@ def model(tokenizer):
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "constraints")
 
 
 def texts(tokenizer, outputs, prompt_length) -> list[str | None]:
@@ -174,6 +176,30 @@ def test_the_constraint_wins_over_min_new_tokens(model, tokenizer):
     assert all(t in ("yes", "no") for t in found)
 
 
+def test_threads_share_a_processor(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(row_memory, "_SAME_LENGTH", 2)
+    found: dict[int, list] = {}
+    prompts = [torch.randint(10, 200, (2, 5)) for _ in range(8)]
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+
+    def answer(index: int, processor) -> list:
+        ids = prompts[index]
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, logits_processor=[processor], **options).tolist()
+
+    expected = [answer(i, JSONSchemaLogitsProcessor(SCHEMA, tokenizer)) for i in range(8)]
+    shared = JSONSchemaLogitsProcessor(SCHEMA, tokenizer)
+    threads = [
+        threading.Thread(target=lambda i=i: found.__setitem__(i, [answer(i, shared) for _ in range(2)]))
+        for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(8)] == [[e, e] for e in expected]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_may_come_in_any_order_and_dtype(tokenizer, dtype):
     processor = RegexLogitsProcessor("(ab|cd)e", tokenizer)
@@ -198,5 +224,9 @@ def test_unsupported_constraints_fail_at_once(tokenizer):
         RegexLogitsProcessor("a(?=b)", tokenizer)
     with pytest.raises(StructureError, match="uniqueItems"):
         JSONSchemaLogitsProcessor({"type": "array", "uniqueItems": True}, tokenizer)
+    with pytest.raises(StructureError, match="list of constraints is empty"):
+        ConstraintLogitsProcessor([], tokenizer)
+    with pytest.raises(StructureError, match="several things"):
+        ConstraintLogitsProcessor(["a"], tokenizer)
     with pytest.raises(StructureError, match="end of sequence"):
         ChoiceLogitsProcessor(["a"], tokenizer, eos_token_ids=[])
