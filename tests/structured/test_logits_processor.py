@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 import hf_accel
-from hf_accel.structured import compiler
+from hf_accel.structured import compiler, row_memory
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.logits_processor import (
     ChoiceLogitsProcessor,
