@@ -154,7 +154,12 @@ def hf_arms(
 ) -> dict[str, Callable[[], Result]]:
     """`model.generate` of the unpatched model, left-padded: free, with our processor, and with the peers'."""
     sides = {make.name: make(tokenizer) for make in context.sides()}
-    compiled = {name: side.compile(CHARACTER) for name, side in sides.items()}
+    compiled: dict[str, Any] = {}
+    for name, side in sides.items():
+        try:
+            compiled[name] = side.compile(CHARACTER)
+        except (ValueError, RuntimeError) as error:
+            print(f"   {name} refuses the layout: {first_line(error)}")
     longest, pad, eos = max(map(len, prompts)), tokenizer.pad_token_id, tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])  # [batch, longest]
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])

@@ -55,7 +55,7 @@ class Side:
 
 
 class HfAccel(Side):
-    """This package."""
+    """This package's own automata."""
 
     name = "hf_accel"
 
@@ -79,7 +79,10 @@ class HfAccel(Side):
     def compile(self, case: Case) -> Any:
         from hf_accel.structured.compiler import ConstraintCompiler
 
-        return ConstraintCompiler(self.vocabulary).compile(constraint_of(case))
+        compiled = ConstraintCompiler(self.vocabulary).compile(constraint_of(case))
+        if not hasattr(compiled, "num_states"):
+            raise ValueError(f"no automaton of it: a {type(compiled).__name__} masks it on the host")
+        return compiled
 
     def first_mask(self, compiled: Any) -> None:
         table = self.table()
