@@ -104,7 +104,7 @@ def measure(
                 seconds.wall /= last[name].num_tokens
                 found[name].found[number] = seconds
     where = {"section": SECTION, "vocabulary": size, "case": CASE, "batch": batch}
-    rows = timing_rows(where, METRIC, found, "hf_accel free")
+    rows = timing_rows(where, METRIC, found, "hf_accel")
     for name, result in last.items():
         passes = result.num_passes * batch / result.num_tokens
         rows.append(row(**where, side=name, metric="forward passes x rows, a token", cpu=passes))
