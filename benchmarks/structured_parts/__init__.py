@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/structured.py`: vocabularies, cases, sides, and a module for each section."""

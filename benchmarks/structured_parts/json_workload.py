@@ -1,0 +1,192 @@
+"""Section `json`: characters as JSON of a fixed layout with free fields of up to 16 characters, 16 names, greedy, 256 tokens at
+most; forward passes a token, and seconds. By hf-accel, and by HF's `generate` with a logits processor or without.
+
+Most of the text is forced by the layout: this is where jump-forward has something to jump over.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import models
+from benchmarks.structured_parts.cases import HOUSES, NAMES, Case
+from benchmarks.structured_parts.compiling import first_line
+from benchmarks.structured_parts.context import Context
+from benchmarks.structured_parts.generation import MODELS, load
+from benchmarks.structured_parts.processors import processors
+from benchmarks.structured_parts.record import Rounds, row, timed, timing_rows
+
+SECTION = "json"
+CASE = "character layout"
+METRIC = "ms a token"
+MAX_TOKENS = 256
+SMOKE_TOKENS = 24
+FIELD = "[A-Za-z0-9 ]{1,16}"
+LAYOUT = rf"""\{{
+    "name": "{FIELD}",
+    "house": "({"|".join(HOUSES)})",
+    "status": "(alive|dead|unknown)",
+    "occupation": "{FIELD}",
+    "tool": \{{
+        "wood": "{FIELD}",
+        "core": "{FIELD}",
+        "length": [0-9]{{1,2}}\.[0-9]
+    \}},
+    "friend": "{FIELD}",
+    "fear": "{FIELD}"
+\}}"""
+CHARACTER = Case(CASE, "regex", LAYOUT, lambda rng: "")
+FULL_NAMES = (*NAMES, *(f"{n.split()[0]} {m.split()[1]}" for n, m in zip(NAMES, NAMES[3:] + NAMES[:3], strict=True)))
+
+
+@dataclass
+class Result:
+    """What one run gave.
+
+    Attributes:
+        outputs: new tokens of each prompt, without what follows an end.
+        num_passes: calls of the model, the prompt's included.
+    """
+
+    outputs: list[list[int]]
+    num_passes: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.outputs))
+
+
+def run(context: Context) -> None:
+    """Measure and emit rows."""
+    import hf_accel
+
+    for size in context.sizes:
+        if size not in MODELS:
+            print(f"   no model with a vocabulary of {size}: left out (there are {sorted(MODELS)})")
+            continue
+        bench, tokenizer = load(size, context)
+        engine = hf_accel.Engine(bench.model, tokenizer)
+        try:
+            for batch in [2] if context.smoke else [1, len(FULL_NAMES)]:
+                context.emit(measure(context, engine, bench, tokenizer, size, batch))
+        finally:
+            engine.shutdown()
+
+
+def measure(
+    context: Context, engine: Any, bench: models.BenchmarkModel, tokenizer: Any, size: int, batch: int
+) -> list[dict[str, Any]]:
+    """Rows of one batch size."""
+    names = FULL_NAMES[:batch] if batch > 1 else FULL_NAMES[:1]
+    texts = [f"{name} is a character of a novel. A description of {name} as JSON:\n" for name in names]
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    arms = our_arms(context, engine, prompts) | hf_arms(context, bench, tokenizer, prompts)
+    found = {name: Rounds() for name in arms}
+    last: dict[str, Result] = {}
+    notes: dict[str, str] = {}
+    for number in range(-1, context.rounds):
+        for name, arm in arms.items():
+            if name in notes or (number > 0 and sum(s.wall for s in found[name].found.values()) > 4 * context.seconds):
+                continue
+            engine.flush_cache()
+            try:
+                seconds, last[name] = timed(arm)
+            except (ValueError, RuntimeError, AssertionError) as error:
+                notes[name] = f"failed: {first_line(error)}"
+                continue
+            if number >= 0:
+                seconds.cpu /= last[name].num_tokens
+                seconds.wall /= last[name].num_tokens
+                found[name].found[number] = seconds
+    where = {"section": SECTION, "vocabulary": size, "case": CASE, "batch": batch}
+    rows = timing_rows(where, METRIC, found, "hf_accel")
+    for name, result in last.items():
+        passes = result.num_passes * batch / result.num_tokens
+        rows.append(row(**where, side=name, metric="forward passes x rows, a token", cpu=passes))
+        rows.append(row(**where, side=name, metric="tokens", cpu=result.num_tokens))
+        if "free" not in name:
+            equal = sum(a == b for a, b in zip(result.outputs, last["hf_accel"].outputs, strict=True)) / batch
+            rows.append(row(**where, side=name, metric="share of outputs equal to hf_accel's", cpu=equal))
+    return rows + [row(**where, side=name, metric=METRIC, note=note) for name, note in notes.items()]
+
+
+def our_arms(context: Context, engine: Any, prompts: list[list[int]]) -> dict[str, Callable[[], Result]]:
+    """The engine under the layout, with jump-forward on and off where there is such a switch; and without a constraint."""
+    import hf_accel
+
+    common = {"temperature": 0.0, "max_tokens": SMOKE_TOKENS if context.smoke else MAX_TOKENS}
+    options: dict[str, dict[str, Any]] = {"hf_accel free": {"ignore_eos": True}, "hf_accel": {"regex": LAYOUT}}
+    if "jump_forward" in inspect.signature(hf_accel.SamplingParams).parameters:
+        options["hf_accel without jumps"] = {"regex": LAYOUT, "jump_forward": False}
+    else:
+        print("   SamplingParams has no jump_forward: its arms are left out")
+
+    def arm(params: Any) -> Callable[[], Result]:
+        def generate() -> Result:
+            count = 0
+            runner = engine.core.executor.runner
+            forward = runner.forward
+
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                nonlocal count
+                count += 1
+                return forward(*args, **kwargs)
+
+            runner.forward = counted
+            try:
+                outputs = engine.generate(prompts, params, use_tqdm=False)
+            finally:
+                del runner.forward
+            return Result([list(o.outputs[0].token_ids) for o in outputs], count)
+
+        return generate
+
+    return {name: arm(hf_accel.SamplingParams(**common, **more)) for name, more in options.items()}
+
+
+def hf_arms(
+    context: Context, bench: models.BenchmarkModel, tokenizer: Any, prompts: list[list[int]]
+) -> dict[str, Callable[[], Result]]:
+    """`model.generate` of the unpatched model, left-padded: free, with our processor, and with the peers'."""
+    sides = {make.name: make(tokenizer) for make in context.sides()}
+    compiled: dict[str, Any] = {}
+    for name, side in sides.items():
+        try:
+            compiled[name] = side.compile(CHARACTER)
+        except (ValueError, RuntimeError) as error:
+            print(f"   {name} refuses the layout: {first_line(error)}")
+    longest, pad, eos = max(map(len, prompts)), tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])  # [batch, longest]
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    length = SMOKE_TOKENS if context.smoke else MAX_TOKENS
+
+    def arm(make: Callable[[], Any] | None) -> Callable[[], Result]:
+        def generate() -> Result:
+            count = 0
+
+            def counted(*_: Any) -> None:
+                nonlocal count
+                count += 1
+
+            hook = bench.model.register_forward_pre_hook(counted)
+            more = {"eos_token_id": eos, "logits_processor": [make()]} if make is not None else {"eos_token_id": None}
+            try:
+                output = bench.model.generate(
+                    ids, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=pad, **more
+                )
+            finally:
+                hook.remove()
+            rows = output[:, longest:].tolist()
+            return Result([r[: r.index(eos) + 1] if make is not None and eos in r else r for r in rows], count)
+
+        return generate
+
+    made = {"HF generate free": arm(None)}
+    for name, make in processors(context, sides, compiled, CHARACTER).items():
+        made[f"HF generate, {name}"] = arm(make)
+    return made
