@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_accel.structured.charset import ByteRange, CharSet
 from hf_accel.structured.nfa import DEAD, Nfa
-from hf_accel.structured.syntax import Counter, CounterConflict, Fragment, Node, StructureError
+from hf_accel.structured.syntax import Counter, CounterConflict, Fragment, Node, TooLarge
 
 MAX_STATES = 50_000
 
@@ -110,7 +110,7 @@ def compile_node(node: Node, *, spell: Spelling = CharSet.byte_sequences, max_st
         max_states: of the automaton before it is minimised.
 
     Raises:
-        StructureError: it has more states.
+        TooLarge: it has more states.
     """
     nfa = Nfa(lambda charset: _spelled(spell, charset), max_states=16 * max_states)
     return minimal(*nfa.determinize(*nfa.add(node), max_states))
@@ -232,7 +232,7 @@ def _product(a: ByteDfa, b: ByteDfa, accept: Callable[[bool, bool], bool]) -> By
                 continue
             if pair not in ids:
                 if len(ids) >= MAX_STATES:
-                    raise StructureError(f"the constraint needs more than {MAX_STATES} states: make it simpler")
+                    raise TooLarge(f"the constraint needs more than {MAX_STATES} states: make it simpler")
                 ids[pair] = len(ids)
                 todo.append(pair)
             row.append(ids[pair])

@@ -16,7 +16,7 @@ from typing import Any
 from hf_accel.structured.automaton import ByteDfa, compile_node
 from hf_accel.structured.json_refs import References, Schema
 from hf_accel.structured.json_types import TYPES, TypeCompiler
-from hf_accel.structured.syntax import NOTHING, Alt, CounterConflict, Language, Node, StructureError
+from hf_accel.structured.syntax import NOTHING, Alt, CounterConflict, Language, Node, NotRegular, StructureError
 
 MAX_ALTERNATIVES = 200
 REFUSED = ("not", "if", "then", "else", "$dynamicRef", "$recursiveRef", "dependencies")
@@ -104,7 +104,7 @@ class SchemaCompiler:
 
     def _enter(self, reference: object) -> Schema:
         if reference in self._open:
-            raise StructureError(f"the schema is recursive ($ref {reference!r}): this needs the dynamic backend")
+            raise NotRegular(f"the schema is recursive ($ref {reference!r}): this needs the dynamic backend")
         self._open.append(str(reference))
         return self._references.resolve(reference)
 

@@ -22,7 +22,7 @@ from hf_accel.structured.syntax import (
     Node,
     Repeat,
     Seq,
-    StructureError,
+    TooLarge,
 )
 
 DEAD = -1
@@ -35,7 +35,7 @@ class Nfa:
 
     Args:
         fragment_of: how a set of characters is spelled.
-        max_states: more raise StructureError.
+        max_states: more raise TooLarge.
     """
 
     def __init__(self, fragment_of: Callable[[CharSet], Fragment], max_states: int) -> None:
@@ -54,8 +54,8 @@ class Nfa:
         self.counters.append(None)
         return len(self.edges) - 1
 
-    def _too_large(self) -> StructureError:
-        return StructureError(
+    def _too_large(self) -> TooLarge:
+        return TooLarge(
             "the constraint unrolls to too many states: use smaller bounds on repetitions and lengths"
         )
 
@@ -175,7 +175,7 @@ class Nfa:
         """(classes [256], table [num_states, num_classes], accepting [num_states], counters) of the same language.
 
         Raises:
-            StructureError: more than `max_states` states.
+            TooLarge: more than `max_states` states.
             CounterConflict: a state would be inside a counted text and elsewhere at once.
         """
         classes, num_classes = self._byte_classes()
@@ -199,7 +199,7 @@ class Nfa:
                     union = frozenset().union(*(self._closure(s, end, closures) for s in key))
                     if union not in ids:
                         if len(ids) >= max_states:
-                            raise StructureError(
+                            raise TooLarge(
                                 f"the constraint needs more than {max_states} states: make it simpler, or use smaller bounds"
                             )
                         ids[union] = len(ids)

@@ -14,6 +14,14 @@ class StructureError(ValueError):
     """A constraint cannot be compiled; the message names the construct and says what to do."""
 
 
+class NotRegular(StructureError):
+    """No finite automaton describes the constraint (recursion)."""
+
+
+class TooLarge(StructureError):
+    """The automaton of the constraint passes a cap on states or sizes."""
+
+
 @dataclass(frozen=True)
 class Chars:
     """One character of a set."""
