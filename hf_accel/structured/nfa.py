@@ -17,6 +17,7 @@ from hf_accel.structured.syntax import (
     Counter,
     CounterConflict,
     Fragment,
+    Graph,
     Language,
     Members,
     Node,
@@ -55,9 +56,7 @@ class Nfa:
         return len(self.edges) - 1
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(
-            "the constraint unrolls to too many states: use smaller bounds on repetitions and lengths"
-        )
+        return TooLarge("the constraint unrolls to too many states: use smaller bounds on repetitions and lengths")
 
     def add(self, node: Node) -> tuple[int, int]:
         """Add a tree; returns where it starts and where it ends."""
@@ -78,6 +77,8 @@ class Nfa:
             return start, end
         if isinstance(node, Members):
             return self._add_members(node)
+        if isinstance(node, Graph):
+            return self._add_graph(node)
         return self._add_repeat(node)
 
     def _add_members(self, node: Members) -> tuple[int, int]:
@@ -100,6 +101,17 @@ class Nfa:
         self.free[nothing].append(end)
         self.free[something].append(end)
         return start, end
+
+    def _add_graph(self, node: Graph) -> tuple[int, int]:
+        states = [self.state() for _ in range(node.num_states)]
+        for before, part, after in node.edges:
+            first, last = self.add(part)
+            self.free[states[before]].append(first)
+            self.free[last].append(states[after])
+        end = self.state()
+        for state in node.ends:
+            self.free[states[state]].append(end)
+        return states[0], end
 
     def _add_separator(self, separator: Node, before: int, after: int) -> None:
         first, last = self.add(separator)

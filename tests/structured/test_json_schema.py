@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from hf_accel.structured.json_schema import compile_json_schema
-from hf_accel.structured.syntax import StructureError
+from hf_accel.structured.syntax import NotRegular, StructureError, TooLarge
 
 from .samples import random_text, schemas
 
@@ -153,23 +153,31 @@ def test_discriminated_one_of():
     ("schema", "message"),
     [
         ("{", "no JSON"),
-        ({"not": {"type": "string"}}, "'not'"),
-        ({"if": {}, "then": {}}, "'if'"),
+        ({"not": {"type": "string", "format": "date"}}, "format 'date' is not supported under not"),
+        ({"not": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"type": "array", "contains": {}}, "'contains'"),
-        ({"type": "object", "propertyNames": {"maxLength": 3}}, "'propertyNames'"),
+        ({"type": "array", "items": {"enum": list(range(9))}, "uniqueItems": True}, "uniqueItems"),
+        ({"type": "array", "uniqueItems": True, "items": {"type": "boolean"}, "contains": {}}, "uniqueItems"),
         ({"type": "object", "minProperties": 2}, "minProperties"),
-        ({"type": "object", "maxProperties": 2}, "maxProperties"),
-        ({"type": "string", "format": "idn-email"}, "format 'idn-email'"),
+        ({"type": "object", "unevaluatedProperties": {"type": "string"}}, "'unevaluatedProperties'"),
+        ({"$dynamicRef": "#a"}, "'\\$dynamicRef'"),
+        ({"extends": {}}, "draft 3"),
+        ({"type": "string", "nullable": True}, "'nullable'"),
+        ({"type": "string", "format": "color"}, "format 'color'"),
+        ({"type": "object", "required": True}, "required must be a list of strings"),
+        ({"properties": []}, "properties must be an object of schemas"),
+        ({"anyOf": []}, "anyOf must be"),
         ({"type": "string", "pattern": "(?=a)"}, "lookahead"),
-        ({"type": "number", "multipleOf": 0.1}, "multipleOf"),
+        ({"type": "number", "multipleOf": 0}, "multipleOf"),
+        ({"type": "number", "multipleOf": 1.2345678}, "multipleOf"),
+        ({"not": {}}, "allows no value"),
         ({"type": "text"}, "unknown type 'text'"),
         ({"$ref": "other.json#/a"}, "remote"),
         ({"$ref": "#/$defs/none"}, "names nothing"),
         ({"type": "array", "items": {"$ref": "#"}}, "recursive"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "allows no value"),
         ({"type": "object", "required": ["a"], "properties": {"a": False}}, "allows no value"),
-        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+        ({"oneOf": [{"format": "date"}, {"maxLength": 3}], "type": "string"}, "oneOf.*format 'date'"),
         ({"type": "string", "maxLength": 1_000_000, "pattern": "^a"}, "states"),
         ({"type": "string", "minLength": -1}, "minLength"),
         (3, "must be an object"),
@@ -177,4 +185,34 @@ def test_discriminated_one_of():
 )
 def test_refusals_name_the_keyword(schema, message):
     with pytest.raises(StructureError, match=message):
+        compile_json_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"$ref": "#"}},
+        {
+            "$ref": "#/$defs/a",
+            "$defs": {"a": {"properties": {"b": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/a"}]}}}},
+        },
+        {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+        {"not": {"properties": {"a": {"not": {"$ref": "#"}}}}},
+    ],
+)
+def test_recursion_is_not_regular(schema):
+    with pytest.raises(NotRegular, match="recursive"):
+        compile_json_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 1_000_000, "pattern": "^a"},
+        {"type": "array", "items": {"type": "integer"}, "maxItems": 5000, "contains": {"const": 1}},
+        {"allOf": [{"not": {"required": [f"a{i}", f"b{i}"]}} for i in range(14)], "type": "object"},
+    ],
+)
+def test_what_passes_the_caps_is_too_large(schema):
+    with pytest.raises(TooLarge):
         compile_json_schema(schema)
