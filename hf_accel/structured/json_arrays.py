@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,8 +125,9 @@ class ArrayCompiler:
         last = self._num_prefix
         options: dict[int, list[Any]] = {i: self._finite(i) for i in range(last + 1)}
         values: list[Any] = []
-        for found in options.values():
-            values += [v for v in found if not any(same(v, w) for w in values)]
+        for value in itertools.chain.from_iterable(options.values()):
+            if not any(same(value, v) for v in values):
+                values.append(value)
         if len(values) > MAX_UNIQUE:
             raise TooLarge(f"uniqueItems is supported for items of at most {MAX_UNIQUE} values: leave it out")
         numbers = {i: [n for n, v in enumerate(values) if any(same(v, w) for w in options[i])] for i in options}

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_accel.structured.json_keywords import ATOMS, Schema, atom_of, atoms_of, each_nested, normal, same
+from hf_accel.structured.json_keywords import (
+    ATOMS,
+    NARROW_NOT,
+    SOME_ITEM,
+    SOME_PROPERTY,
+    Schema,
+    atom_of,
+    atoms_of,
+    each_nested,
+    normal,
+    same,
+)
 from hf_accel.structured.json_refs import References
 
 _EXACT = {
@@ -63,6 +74,20 @@ def possible(facts: Facts, option: Schema) -> bool:
         if facts.closed and required - facts.names:
             return False
     return bool(atoms)
+
+
+def is_odd(facts: Facts, option: Schema) -> bool:
+    """Whether an alternative of NARROW_NOT gives a wrong value to something that the facts do not speak of."""
+    if isinstance(option, bool):
+        return False
+    if any(
+        isinstance(value, dict) and NARROW_NOT in value
+        for key in (SOME_PROPERTY, SOME_ITEM)
+        for value in option.get(key, [])
+    ):
+        return True
+    wrong = [n for n, v in option.get("properties", {}).items() if isinstance(v, dict) and NARROW_NOT in v]
+    return any(name not in facts.properties for name in wrong)
 
 
 def is_exact(schemas: Sequence[Schema], references: References) -> bool:

@@ -39,7 +39,7 @@ _URI = rf"[A-Za-z][A-Za-z0-9+.-]*:(?:{_AUTHORITY})?(?:/{_PCHAR}*)*{_TAIL}"
 _FIRST = _PCHAR.replace(":@", "@").replace(";=:", ";=")  # a relative path has no colon before its first slash
 _RELATIVE = rf"(?:{_AUTHORITY}(?:/{_PCHAR}*)*|/(?:{_PCHAR}+(?:/{_PCHAR}*)*)?|{_FIRST}+(?:/{_PCHAR}*)*)?{_TAIL}"
 _POINTER = r"(?:/(?:[^~/]|~[01])*)*"
-_ATOM = r"(?:[A-Za-z0-9 _@#%&=:;<>,/!~-]|\\[dDwWsS.*+?^$|()\[\]{}/\\-]|\.|\[[A-Za-z0-9_]+\]|\[(?:a-z|A-Z|0-9)+\])[*+?]?"
+_ATOM = r"(?:[A-Za-z0-9 _@#%&=:;<>,/!~-]|\\[dDwWsS.*+?^$|()\[\]{}/\\-]|\.|\[\^?(?:[A-Za-z0-9_ .,:@/]|a-z|A-Z|0-9|\\[dwsDWS.-])+\])(?:[*+?]|\{[0-9]{1,2},?\}|\{[0-9],[1-9][0-9]\})?"
 _VARIABLE = r"\{[+#./;?&]?[A-Za-z0-9_]+(?:\*|:[1-9][0-9]{0,3})?(?:,[A-Za-z0-9_]+(?:\*|:[1-9][0-9]{0,3})?)*\}"
 FORMATS = {
     "date": _DATE,

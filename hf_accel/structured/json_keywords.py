@@ -20,6 +20,7 @@ ATOMS = ("null", "boolean", "integer", FRACTION, "string", "array", "object")
 NOT_PATTERN = "\0notPattern"
 NOT_VALUES = "\0notValues"  # of strings and numbers
 NOT_MULTIPLE = "\0notMultipleOf"
+NARROW_NOT = "\0narrowNot"  # not, of which alternatives that nobody would write are left out
 SOME_PROPERTY = "\0someProperty"  # a list of `json_objects.Some`'s fields
 SOME_ITEM = "\0someItem"  # [first index, schema]
 
@@ -96,7 +97,7 @@ _SHAPES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
     ("an object of lists of strings", _is_map_of(_is_names), ("dependentRequired",)),
 ]
 _CHECKS = {keyword: (words, check) for words, check, keywords in _SHAPES for keyword in keywords}
-_INTERNAL = (NOT_PATTERN, NOT_VALUES, NOT_MULTIPLE, SOME_PROPERTY, SOME_ITEM)
+_INTERNAL = (NARROW_NOT, NOT_PATTERN, NOT_VALUES, NOT_MULTIPLE, SOME_PROPERTY, SOME_ITEM)
 
 
 def normal(schema: Any) -> Schema:

@@ -34,8 +34,8 @@ _OPPOSITE = {
 _COUNTS = (("Length", "string"), ("Items", "array"), ("Properties", "object"))
 
 
-def negated(schema: Schema) -> list[Schema]:
-    """Alternatives that allow what a normal schema without $ref does not.
+def negated(schema: Schema, word: str = "not") -> list[Schema]:
+    """Alternatives that allow what a normal schema without $ref does not; `word` is the keyword of nested negations.
 
     Raises:
         StructureError: this cannot be said (formats, uniqueItems).
@@ -43,12 +43,12 @@ def negated(schema: Schema) -> list[Schema]:
     if isinstance(schema, bool):
         return [] if schema else [True]
     return [
-        *_types(schema),
+        *_types(schema, word),
         *_scalars(schema),
         *_counts(schema),
-        *_items(schema),
-        *_properties(schema),
-        *_logic(schema),
+        *_items(schema, word),
+        *_properties(schema, word),
+        *_logic(schema, word),
     ]
 
 
@@ -61,17 +61,17 @@ def constant_schema(value: Any) -> Schema:
     return {"type": "object", "properties": pairs, "required": list(value), "additionalProperties": False}
 
 
-def _types(schema: dict[str, Any]) -> Iterator[Schema]:
+def _types(schema: dict[str, Any], word: str) -> Iterator[Schema]:
     if "type" in schema:
         others = [atom for atom in ATOMS if atom not in atoms_of(schema)]
         if others:
             yield {"type": others}
     for values in ([schema["const"]] if "const" in schema else None, schema.get("enum")):
         if values is not None:
-            yield from _others(values)
+            yield from _others(values, word)
 
 
-def _others(values: list[Any]) -> Iterator[Schema]:
+def _others(values: list[Any], word: str) -> Iterator[Schema]:
     """What is equal to none of the values."""
     found: dict[str, list[Any]] = {}
     for value in values:
@@ -83,7 +83,7 @@ def _others(values: list[Any]) -> Iterator[Schema]:
         elif atom in ("string", "integer", FRACTION):
             yield {"type": [atom], NOT_VALUES: here}
         elif atom in ("array", "object"):
-            yield {"type": [atom], "allOf": [{"not": constant_schema(v)} for v in here]}
+            yield {"type": [atom], "allOf": [{word: constant_schema(v)} for v in here]}
 
 
 def _scalars(schema: dict[str, Any]) -> Iterator[Schema]:
@@ -106,12 +106,12 @@ def _counts(schema: dict[str, Any]) -> Iterator[Schema]:
             yield {"type": kind, f"min{what}": schema[f"max{what}"] + 1}
 
 
-def _items(schema: dict[str, Any]) -> Iterator[Schema]:
+def _items(schema: dict[str, Any], word: str) -> Iterator[Schema]:
     prefix = schema.get("prefixItems", [])
     for index, item in enumerate(prefix):
-        yield {"type": "array", "minItems": index + 1, "prefixItems": [True] * index + [{"not": item}]}
+        yield {"type": "array", "minItems": index + 1, "prefixItems": [True] * index + [{word: item}]}
     if schema.get("items", True) not in (True, {}):
-        yield {"type": "array", SOME_ITEM: [len(prefix), {"not": schema["items"]}]}
+        yield {"type": "array", SOME_ITEM: [len(prefix), {word: schema["items"]}]}
     if "contains" in schema:
         low, one = schema.get("minContains", 1), {"type": "array", "contains": schema["contains"]}
         if low > 0:
@@ -122,35 +122,35 @@ def _items(schema: dict[str, Any]) -> Iterator[Schema]:
         raise StructureError("uniqueItems is not supported under not, if or oneOf: express it without")
 
 
-def _properties(schema: dict[str, Any]) -> Iterator[Schema]:
+def _properties(schema: dict[str, Any], word: str) -> Iterator[Schema]:
     properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
     for name in schema.get("required", []):
         yield {"type": "object", "properties": {name: False}}
     for name, value in properties.items():
-        yield {"type": "object", "required": [name], "properties": {name: {"not": value}}}
+        yield {"type": "object", "required": [name], "properties": {name: {word: value}}}
     for pattern, value in patterns.items():
-        yield {"type": "object", SOME_PROPERTY: [[], [], pattern, True, {"not": value}]}
+        yield {"type": "object", SOME_PROPERTY: [[], [], pattern, True, {word: value}]}
     if schema.get("additionalProperties", True) not in (True, {}):
-        value = {"not": schema["additionalProperties"]}
+        value = {word: schema["additionalProperties"]}
         yield {"type": "object", SOME_PROPERTY: [list(properties), list(patterns), None, True, value]}
     if "propertyNames" in schema:
-        yield {"type": "object", SOME_PROPERTY: [[], [], None, {"not": schema["propertyNames"]}, True]}
+        yield {"type": "object", SOME_PROPERTY: [[], [], None, {word: schema["propertyNames"]}, True]}
     for name, others in schema.get("dependentRequired", {}).items():
         for other in others:
             yield {"type": "object", "required": [name], "properties": {other: False}}
     for name, inner in schema.get("dependentSchemas", {}).items():
-        yield {"type": "object", "required": [name], "not": inner}
+        yield {"type": "object", "required": [name], word: inner}
 
 
-def _logic(schema: dict[str, Any]) -> Iterator[Schema]:
-    yield from ({"not": part} for part in schema.get("allOf", []))
+def _logic(schema: dict[str, Any], word: str) -> Iterator[Schema]:
+    yield from ({word: part} for part in schema.get("allOf", []))
     if "anyOf" in schema:
-        yield {"allOf": [{"not": option} for option in schema["anyOf"]]}
+        yield {"allOf": [{word: option} for option in schema["anyOf"]]}
     if "oneOf" in schema:
-        yield {"allOf": [{"not": option} for option in schema["oneOf"]]}
+        yield {"allOf": [{word: option} for option in schema["oneOf"]]}
         yield from ({"allOf": list(pair)} for pair in itertools.combinations(schema["oneOf"], 2))
     if "not" in schema:
         yield schema["not"]
     if "if" in schema:
-        yield {"allOf": [schema["if"], {"not": schema.get("then", True)}]}
-        yield {"allOf": [{"not": schema["if"]}, {"not": schema.get("else", True)}]}
+        yield {"allOf": [schema["if"], {word: schema.get("then", True)}]}
+        yield {"allOf": [{word: schema["if"]}, {word: schema.get("else", True)}]}

@@ -14,8 +14,8 @@ from functools import reduce
 from typing import Any
 
 from hf_accel.structured.automaton import ByteDfa, compile_node
-from hf_accel.structured.json_facts import Facts, is_exact, possible
-from hf_accel.structured.json_keywords import Schema, normal, same
+from hf_accel.structured.json_facts import Facts, is_exact, is_odd, possible
+from hf_accel.structured.json_keywords import NARROW_NOT, Schema, normal, same
 from hf_accel.structured.json_negation import negated
 from hf_accel.structured.json_refs import References
 from hf_accel.structured.json_types import TypeCompiler
@@ -30,7 +30,7 @@ from hf_accel.structured.syntax import (
 )
 
 MAX_ALTERNATIVES = 200
-MAX_CONJUNCTIONS = 5_000
+MAX_CONJUNCTIONS = 1_000
 
 
 def compile_json_schema(schema: Schema | str, *, whitespace: str = " ?", counting: bool = True) -> ByteDfa:
@@ -109,6 +109,7 @@ class SchemaCompiler:
             for schema in plain:
                 facts.add(schema)
             open_choices = [[o for o in options if possible(facts, o)] for options in choices]
+            open_choices = [[o for o in options if not is_odd(facts, o)] or options for options in open_choices]
             choices = [options for options in open_choices if len(options) > 1]
             if not all(open_choices):
                 return compile_node(NOTHING)
@@ -146,8 +147,9 @@ class SchemaCompiler:
                 choices.append(schema.pop("anyOf"))
             if "oneOf" in schema:
                 exclusive.append(schema.pop("oneOf"))
-            if "not" in schema:
-                choices.append(self._negated(schema.pop("not")))
+            for word in ("not", NARROW_NOT):
+                if word in schema:
+                    choices.append(self._negated(schema.pop(word), word))
             if "if" in schema:
                 condition, met, unmet = schema.pop("if"), schema.pop("then", True), schema.pop("else", True)
                 choices.append([{"allOf": [condition, met]}, {"allOf": [{"not": condition}, unmet]}])
@@ -161,14 +163,14 @@ class SchemaCompiler:
 
     # ---- alternatives ------------------------------------------------------------------------------------------
 
-    def _negated(self, schema: Schema) -> list[Schema]:
+    def _negated(self, schema: Schema, word: str) -> list[Schema]:
         """Alternatives that allow what a schema does not; a reference is followed once."""
         found: list[Schema] = []
         seen: set[str] = set()
         while True:
             schema = normal(schema)
             reference = None if isinstance(schema, bool) else schema.pop("$ref", None)
-            found += negated(schema)
+            found += negated(schema, word)
             if reference is None or reference in seen:
                 return found
             seen.add(reference)
@@ -186,14 +188,14 @@ class SchemaCompiler:
         shared: list[list[Schema]] = [[] for _ in options]
         for (i, first), (j, second) in itertools.combinations(enumerate(options), 2):
             if not self._exclude([*rest, first], [*rest, second]):
-                shared[i].append({"not": second})
-                shared[j].append({"not": first})
+                shared[i].append({NARROW_NOT: second})
+                shared[j].append({NARROW_NOT: first})
         if not any(shared):
             return options
         try:
             for others in itertools.chain.from_iterable(shared):
                 assert isinstance(others, dict)
-                self._negated(others["not"])
+                self._negated(others[NARROW_NOT], NARROW_NOT)
         except StructureError as error:
             raise type(error)(
                 f"oneOf: two alternatives may allow the same value, and what one does not allow cannot be said: {error}; "

@@ -8,9 +8,11 @@ from decimal import Decimal
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hf_accel.structured import json_values
+from hf_accel.structured.automaton import compile_node
 from hf_accel.structured.json_formats import FORMATS
 from hf_accel.structured.json_multiples import multiples_dfa, no_multiples_dfa
 from hf_accel.structured.json_schema import compile_json_schema
@@ -131,6 +133,12 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def small_values(monkeypatch):
+    """Values that a schema says nothing of are of depth 1: the automata are small and quick."""
+    monkeypatch.setattr(json_values, "ANY_DEPTH", 1)
+
+
 @pytest.mark.parametrize(("schema", "valid", "invalid"), CASES, ids=lambda case: json.dumps(case)[:60])
 def test_texts(schema, valid, invalid):
     dfa = compile_json_schema(schema)
@@ -154,7 +162,7 @@ def test_the_cases_agree_with_jsonschema(case):
     st.decimals(-999, 999, places=4),
     st.integers(0, 4),
 )
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 def test_multiples_are_exact(divisor, value, places):
     value = round(value, places)
     number = float(divisor) if "." in divisor else int(divisor)
@@ -199,7 +207,5 @@ def test_formats_that_nobody_defines_are_annotations_and_said_to_be(caplog):
     ],
 )
 def test_where_readings_of_a_pattern_differ(pattern, text, narrow, wide):
-    from hf_accel.structured.automaton import compile_node
-
     assert compile_node(parse_search(pattern)).accepts(text.encode()) == narrow
     assert compile_node(parse_search(pattern, wide=True)).accepts(text.encode()) == wide
