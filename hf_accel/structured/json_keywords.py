@@ -5,6 +5,7 @@ Everything else (title, default, examples, $comment, contentEncoding, x-...) is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ _REFUSED = {
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:
@@ -97,6 +98,7 @@ _SHAPES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
     ("an object of lists of strings", _is_map_of(_is_names), ("dependentRequired",)),
 ]
 _CHECKS = {keyword: (words, check) for words, check, keywords in _SHAPES for keyword in keywords}
+_IN_PLACE = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies")
 _INTERNAL = (NARROW_NOT, NOT_PATTERN, NOT_VALUES, NOT_MULTIPLE, SOME_PROPERTY, SOME_ITEM)
 
 
@@ -110,8 +112,9 @@ def normal(schema: Any) -> Schema:
         raise StructureError(f"a schema must be an object, true or false, not {schema!r}")
     if isinstance(schema, bool):
         return schema
+    schema = _without_unevaluated(schema)
     for keyword, remedy in _REFUSED.items():
-        if keyword in schema and schema[keyword] is not False:
+        if keyword in schema and not (keyword == "nullable" and schema[keyword] is False):
             raise StructureError(f"the JSON Schema keyword {keyword!r} is not supported: {remedy}")
     kept = {k: v for k, v in schema.items() if k in _CHECKS or k in _INTERNAL}
     _rename(schema, kept)
@@ -122,6 +125,19 @@ def normal(schema: Any) -> Schema:
         if not check(value):
             raise StructureError(f"{keyword} must be {words}, got {value!r}")
     return kept
+
+
+def _without_unevaluated(schema: dict[str, Any]) -> dict[str, Any]:
+    """Where no schema beside them evaluates anything, unevaluated properties and items are the additional ones."""
+    for keyword, plain in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
+        if keyword in schema:
+            value = schema[keyword]
+            rest = {k: v for k, v in schema.items() if k != keyword}
+            if value is True or plain in schema:
+                schema = rest
+            elif not schema.keys() & {*_IN_PLACE, *(("contains",) if plain == "items" else ())}:
+                schema = {**rest, plain: value}
+    return schema
 
 
 def _rename(schema: dict[str, Any], kept: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ automaton remembers them: the last one counts, so nothing rests on an earlier on
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 from hf_accel.structured.automaton import ByteDfa
 from hf_accel.structured.json_keywords import SOME_PROPERTY, Schema
-from hf_accel.structured.json_values import Dicts, Values, decoded, found, insides, language, not_found, quoted
+from hf_accel.structured.json_values import Dicts, Values, accepts, decoded, found, insides, language, not_found, quoted
 from hf_accel.structured.syntax import EMPTY, NOTHING, Alt, Graph, Node, Seq, StructureError, TooLarge, text
 
 MAX_PATTERNS = 4
@@ -56,6 +55,8 @@ class ObjectCompiler:
             raise TooLarge(
                 f"more than {MAX_SOME} conditions at once on some property of an object (under not): use fewer"
             )
+        for pattern in itertools.chain.from_iterable(s.get("patternProperties", {}) for s in schemas):
+            found(pattern)  # raises for what is not supported
         self._required = dict.fromkeys(name for s in schemas for name in s.get("required", []))
         self._needs = [
             (a, b)
@@ -96,7 +97,7 @@ class ObjectCompiler:
 
     def _member(self, name: str) -> tuple[str, dict[frozenset[int], Node]] | None:
         """(name, its pair by which `Some`s it meets), or None where the property is not allowed."""
-        if self._name_rule is not None and not self._name_rule.accepts(json.dumps(name).encode()):
+        if self._name_rule is not None and not accepts(self._name_rule, name):
             return None
         schemas = [v for s in self._schemas for v in _value_schemas(s, name)]
         meets = [i for i, some in enumerate(self._some) if self._names_one(some, name)]
@@ -112,9 +113,7 @@ class ObjectCompiler:
             return False
         if some.like is not None and not re.search(some.like, name):
             return False
-        return some.name is True or self._values.compile([{"type": "string"}, some.name]).accepts(
-            json.dumps(name).encode()
-        )
+        return some.name is True or accepts(self._values.compile([{"type": "string"}, some.name]), name)
 
     def _extra(self, which: frozenset[int]) -> Node | None:
         """Pairs of other names that meet these `Some`s, or None where there can be none."""

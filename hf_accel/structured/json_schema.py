@@ -10,15 +10,15 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 from hf_accel.structured.automaton import ByteDfa, compile_node
 from hf_accel.structured.json_facts import Facts, is_exact, is_odd, possible
-from hf_accel.structured.json_keywords import NARROW_NOT, Schema, normal, same
+from hf_accel.structured.json_keywords import NARROW_NOT, Schema, atom_of, normal, same
 from hf_accel.structured.json_negation import negated
 from hf_accel.structured.json_refs import References
 from hf_accel.structured.json_types import TypeCompiler
+from hf_accel.structured.json_values import accepts
 from hf_accel.structured.syntax import (
     NOTHING,
     Alt,
@@ -239,13 +239,16 @@ class SchemaCompiler:
     def _plain(self, facts: Facts, schemas: list[dict[str, Any]]) -> ByteDfa:
         """Where values are named, those that every other keyword allows; else the values of each type."""
         others = [rest for s in schemas if (rest := {k: v for k, v in s.items() if k not in ("const", "enum", "type")})]
-        atoms = facts.atoms
-        dfa = compile_node(self._types.node(atoms, others)) if others or facts.values is None else None
         if facts.values is None:
-            assert dfa is not None
-            return dfa
-        named = compile_node(Alt(tuple(self._types.constant(v) for v in facts.allowed())))
-        return named if dfa is None else reduce(ByteDfa.__and__, (named,), dfa)
+            return compile_node(self._types.node(facts.atoms, others))
+        values = facts.allowed()
+        constants = compile_node(Alt(tuple(self._types.constant(v) for v in values)))
+        if not others or not values:
+            return constants
+        rule = compile_node(self._types.node({atom_of(v) for v in values}, others))
+        if any(isinstance(v, (list, dict)) for v in values):
+            return constants & rule
+        return compile_node(Alt(tuple(self._types.constant(v) for v in values if accepts(rule, v))))
 
 
 def _unique(items: list[Any]) -> list[Any]:

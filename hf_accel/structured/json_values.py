@@ -9,6 +9,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from hf_accel.structured.automaton import ByteDfa, compile_node
@@ -16,6 +17,7 @@ from hf_accel.structured.charset import ANY_CHAR
 from hf_accel.structured.json_keywords import Schema
 from hf_accel.structured.json_number import NUMBER
 from hf_accel.structured.json_text import json_sequences
+from hf_accel.structured.nfa import DEAD
 from hf_accel.structured.regex import parse_regex, parse_search
 from hf_accel.structured.syntax import (
     NOTHING,
@@ -86,6 +88,17 @@ def any_value(whitespace: str, depth: int) -> Node:
 def language(dfa: ByteDfa) -> Node:
     """An automaton as a part of a tree."""
     return NOTHING if dfa.is_empty else Language(dfa.fragment)
+
+
+def accepts(dfa: ByteDfa, value: Any) -> bool:
+    """Whether a scalar is let through: numbers in their plain form."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        plain = f"{Decimal(repr(value)):f}"
+        data = plain.rstrip("0").rstrip(".") if "." in plain else plain
+    else:
+        data = json.dumps(value)
+    state, _ = dfa.walk_counted(data.encode(), 0, 0)
+    return state != DEAD and bool(dfa.accepting[state])
 
 
 def decoded(node: Node) -> ByteDfa:

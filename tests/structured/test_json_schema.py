@@ -162,7 +162,9 @@ def test_discriminated_one_of():
         ({"type": "array", "items": {"enum": list(range(9))}, "uniqueItems": True}, "uniqueItems"),
         ({"type": "array", "uniqueItems": True, "items": {"type": "boolean"}, "contains": {}}, "uniqueItems"),
         ({"type": "object", "minProperties": 2}, "minProperties"),
-        ({"type": "object", "unevaluatedProperties": {"type": "string"}}, "'unevaluatedProperties'"),
+        ({"allOf": [{"properties": {"a": {}}}], "unevaluatedProperties": False}, "'unevaluatedProperties'"),
+        ({"type": "object", "patternProperties": {"(": {}}, "properties": {"a": {}}}, "not a regular expression"),
+        ({"type": "number", "minimum": float("inf")}, "minimum must be a number"),
         ({"$dynamicRef": "#a"}, "'\\$dynamicRef'"),
         ({"extends": {}}, "draft 3"),
         ({"type": "string", "nullable": True}, "'nullable'"),
@@ -222,5 +224,6 @@ def test_what_passes_the_caps_is_too_large(schema):
 
 def test_too_many_combinations_are_too_large():
     schema = {"allOf": [{"not": {"required": [f"a{i}", f"b{i}"]}} for i in range(6)], "type": "object"}
-    with patch.object(json_schema, "MAX_CONJUNCTIONS", 30), pytest.raises(TooLarge, match="combinations"):
+    small = patch.object(json_values, "ANY_DEPTH", 0)
+    with small, patch.object(json_schema, "MAX_CONJUNCTIONS", 20), pytest.raises(TooLarge, match="combinations"):
         compile_json_schema(schema)
