@@ -1,8 +1,16 @@
 """JSON Schema as automata over bytes, keyword by keyword: implemented or refused, never ignored.
 
-Sound: every text that is accepted parses to a value that the schema allows. Composed bottom-up from minimal automata.
-Properties come in the schema's order, additional ones after them; whatever has no type and no keyword is any JSON value up
-to a depth. Owns the keywords that combine schemas; `json_types.py` owns those of single types.
+Sound: every text that is accepted parses to a value that the schema allows. Composed bottom-up from minimal automata. What
+is allowed and yet not accepted, as no automaton of a sensible size has it:
+
+* Properties come in the schema's order, then those that are only required, then additional ones.
+* Whatever has no type and no keyword is any JSON value of at most three arrays and objects inside each other.
+* Additional names are not told apart: `minProperties` counts them as one. Under `not`, an additional property that is wrong
+  is the last one.
+* Integers are plain decimals; numbers with bounds, or under `not`, have no exponent and few enough digits.
+* An alternative of `oneOf` does not have what others allow, nor in general a wrong value of what it does not speak of.
+
+Owns the keywords that combine schemas; `json_types.py` owns those of single types.
 """
 
 from __future__ import annotations
@@ -109,7 +117,7 @@ class SchemaCompiler:
             for schema in plain:
                 facts.add(schema)
             open_choices = [[o for o in options if possible(facts, o)] for options in choices]
-            open_choices = [[o for o in options if not is_odd(facts, o)] or options for options in open_choices]
+            open_choices = [[o for o in options if not is_odd(facts, o)] or options[:1] for options in open_choices]
             choices = [options for options in open_choices if len(options) > 1]
             if not all(open_choices):
                 return compile_node(NOTHING)
