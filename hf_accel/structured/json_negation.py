@@ -134,12 +134,24 @@ def _properties(schema: dict[str, Any], word: str) -> Iterator[Schema]:
         value = {word: schema["additionalProperties"]}
         yield {"type": "object", SOME_PROPERTY: [list(properties), list(patterns), None, True, value]}
     if "propertyNames" in schema:
-        yield {"type": "object", SOME_PROPERTY: [[], [], None, {word: schema["propertyNames"]}, True]}
+        if (names := _forbidden_names(schema["propertyNames"])) is not None:
+            yield from ({"type": "object", "required": [name]} for name in names)
+        else:
+            yield {"type": "object", SOME_PROPERTY: [[], [], None, {word: schema["propertyNames"]}, True]}
     for name, others in schema.get("dependentRequired", {}).items():
         for other in others:
             yield {"type": "object", "required": [name], "properties": {other: False}}
     for name, inner in schema.get("dependentSchemas", {}).items():
         yield {"type": "object", "required": [name], word: inner}
+
+
+def _forbidden_names(rule: Schema) -> list[str] | None:
+    """The names that `propertyNames` does not let through, where it names them."""
+    inner = rule.get("not") if isinstance(rule, dict) and len(rule) == 1 else None
+    if not isinstance(inner, dict) or len(inner) != 1 or not inner.keys() <= {"enum", "const"}:
+        return None
+    values = inner["enum"] if "enum" in inner else [inner["const"]]
+    return [v for v in values if isinstance(v, str)] if isinstance(values, list) else None
 
 
 def _logic(schema: dict[str, Any], word: str) -> Iterator[Schema]:

@@ -32,6 +32,7 @@ from hf_accel.structured.syntax import (
     Alt,
     CounterConflict,
     Language,
+    NothingMatches,
     NotRegular,
     StructureError,
     TooLarge,
@@ -51,18 +52,21 @@ def compile_json_schema(schema: Schema | str, *, whitespace: str = " ?", countin
 
     Raises:
         StructureError: the schema is none, uses what is not supported (the message names the keyword), or allows nothing.
+        NothingMatches: it certainly allows nothing.
         NotRegular: it is recursive.
         TooLarge: it needs too many states or alternatives.
     """
     root = _read(schema) if isinstance(schema, str) else schema
+    compiler = SchemaCompiler(root, whitespace, counting)
     try:
-        dfa = SchemaCompiler(root, whitespace, counting).compile_root()
+        dfa = compiler.compile_root()
     except CounterConflict:
         dfa = SchemaCompiler(root, whitespace, counting=False).compile_root()
     except RecursionError:
         raise TooLarge("the schema is nested too deeply") from None
     if dfa.is_empty:
-        raise StructureError("the schema allows no value at all: look for keywords that contradict each other")
+        message = "the schema allows no value at all: look for keywords that contradict each other"
+        raise NothingMatches(message) if compiler.is_exact else StructureError(f"{message} (or say it more plainly)")
     return dfa
 
 
@@ -86,6 +90,11 @@ class SchemaCompiler:
     def compile_root(self) -> ByteDfa:
         """Values that the root allows."""
         return self.compile([self._references.root])
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether an empty automaton of the root means that it allows no value."""
+        return is_exact([self._references.root], self._references)
 
     def compile(self, schemas: Sequence[Schema]) -> ByteDfa:
         """Values that all of `schemas` allow."""

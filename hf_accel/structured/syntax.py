@@ -22,6 +22,10 @@ class TooLarge(StructureError):
     """The automaton of the constraint passes a cap on states or sizes."""
 
 
+class NothingMatches(StructureError):
+    """The constraint allows no text at all."""
+
+
 @dataclass(frozen=True)
 class Chars:
     """One character of a set."""

@@ -57,6 +57,11 @@ CASES = [
     ),
     ({"type": "object", "not": {"patternProperties": {"^x": STR}}}, ['{"x": 1}'], ["{}", '{"x": ""}', '{"y": 1}']),
     ({"type": "object", "not": {"propertyNames": {"maxLength": 1}}}, ['{"xy": 1}'], ["{}", '{"x": 1}']),
+    (
+        {"type": "object", "not": {"propertyNames": {"not": {"enum": ["p", "q"]}}}},
+        ['{"q": 1}', '{"p": 1, "r": 1}'],
+        ["{}", '{"r": 1}'],
+    ),
     ({"type": "object", "not": {"minProperties": 1}}, ["{}"], ['{"x": 1}']),
     ({"type": "array", "not": {"items": INT}}, ['["a"]', '[1, "a"]'], ["[]", "[1]"]),
     ({"type": "array", "not": {"prefixItems": [INT]}}, ['["a"]'], ["[]", "[1]", '[1, "a"]']),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hf_accel.structured import json_schema, json_values
 from hf_accel.structured.json_schema import compile_json_schema
-from hf_accel.structured.syntax import NotRegular, StructureError, TooLarge
+from hf_accel.structured.syntax import NothingMatches, NotRegular, StructureError, TooLarge
 
 from .samples import random_text, schemas
 
@@ -220,6 +220,14 @@ def test_recursion_is_not_regular(schema):
 def test_what_passes_the_caps_is_too_large(schema):
     with pytest.raises(TooLarge):
         compile_json_schema(schema)
+
+
+def test_what_certainly_matches_nothing_is_told_from_what_is_only_approached():
+    with pytest.raises(NothingMatches):
+        compile_json_schema({"type": "integer", "minimum": 3, "maximum": 2})
+    with pytest.raises(StructureError, match="no value") as caught:
+        compile_json_schema({"type": "string", "format": "ipv4", "pattern": "x"})
+    assert not isinstance(caught.value, NothingMatches)
 
 
 def test_too_many_combinations_are_too_large():
