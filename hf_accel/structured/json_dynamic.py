@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hf_accel.structured.json_refs import Schema
+from hf_accel.structured.json_keywords import Schema
 from hf_accel.structured.syntax import StructureError
 
 _UNKNOWN = {

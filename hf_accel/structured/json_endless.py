@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_accel.structured.json_refs import References, Schema
+from hf_accel.structured.json_keywords import Schema
+from hf_accel.structured.json_refs import References
 from hf_accel.structured.syntax import StructureError
 
 _NESTING = {"array", "object"}

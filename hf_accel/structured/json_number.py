@@ -1,4 +1,4 @@
-"""JSON numbers as syntax trees: integers and decimals within bounds, multiples of an integer.
+"""JSON numbers as syntax trees: integers and decimals within bounds.
 
 Within bounds numbers are written without an exponent. Bounds are compared as `json` and `jsonschema` do, which parse to
 float64: where a bound is exclusive, fractions are kept short enough that no text above it rounds to it.
@@ -10,11 +10,10 @@ import math
 from dataclasses import dataclass
 from decimal import Decimal
 
-from hf_accel.structured.automaton import ByteDfa, compile_node, minimal_of_rows
+from hf_accel.structured.automaton import ByteDfa, compile_node
 from hf_accel.structured.charset import CharSet
 from hf_accel.structured.syntax import EMPTY, NOTHING, Alt, Chars, Node, Repeat, Seq, StructureError, text
 
-MAX_MULTIPLE = 10_000
 _MAX_FRACTION = 15
 
 DIGIT = Chars(CharSet.of_chars("0123456789"))
@@ -23,6 +22,10 @@ NATURAL = Alt((text("0"), Seq((Chars(CharSet.of_chars("123456789")), DIGITS))))
 INTEGER = Seq((Repeat(text("-"), 0, 1), NATURAL))
 EXPONENT = Seq((Chars(CharSet.of_chars("eE")), Repeat(Chars(CharSet.of_chars("+-")), 0, 1), Repeat(DIGIT, 1, None)))
 FRACTION = Seq((text("."), Repeat(DIGIT, 1, None)))
+_SHORT_INTEGER = Seq(
+    (Repeat(text("-"), 0, 1), Alt((text("0"), Seq((Chars(CharSet.of_chars("123456789")), Repeat(DIGIT, 0, 7))))))
+)
+_SHORT_FRACTION = Seq((text("."), Repeat(DIGIT, 1, 7)))
 NUMBER = Seq((INTEGER, Repeat(FRACTION, 0, 1), Repeat(EXPONENT, 0, 1)))
 
 
@@ -34,12 +37,22 @@ class Bound:
     exclusive: bool = False
 
 
-def integer_dfa(low: Bound | None, high: Bound | None, multiple_of: int = 1) -> ByteDfa:
-    """Integers within bounds that are multiples of `multiple_of`, in their plain decimal form."""
+def integer_dfa(low: Bound | None, high: Bound | None) -> ByteDfa:
+    """Integers within bounds, in their plain decimal form."""
     least = None if low is None else _integer_from(low)
     most = None if high is None else -_integer_from(Bound(-high.value, high.exclusive))
-    dfa = compile_node(INTEGER if least is None and most is None else _integers(least, most))
-    return dfa if multiple_of == 1 else dfa & _multiples(multiple_of)
+    return compile_node(INTEGER if least is None and most is None else _integers(least, most))
+
+
+def short_decimals_dfa() -> ByteDfa:
+    """Numbers of so few digits that a float64 tells each from the others."""
+    return compile_node(Seq((_SHORT_INTEGER, Repeat(_SHORT_FRACTION, 0, 1))))
+
+
+def fractions_dfa() -> ByteDfa:
+    """Numbers that are no integers, of few digits."""
+    zeros = Seq((text("."), Repeat(text("0"), 1, None)))
+    return compile_node(Seq((_SHORT_INTEGER, _SHORT_FRACTION))) - compile_node(Seq((INTEGER, zeros)))
 
 
 def number_dfa(low: Bound | None, high: Bound | None) -> ByteDfa:
@@ -106,6 +119,8 @@ def _same_length(low: str, high: str) -> Node:
     """Digit strings of one length between two."""
     if not low:
         return EMPTY
+    if not low.strip("0") and not high.strip("9"):
+        return Repeat(DIGIT, len(low), len(low))
     if low[0] == high[0]:
         return Seq((text(low[0]), _same_length(low[1:], high[1:])))
     rest = len(low) - 1
@@ -117,17 +132,6 @@ def _same_length(low: str, high: str) -> Node:
         between = Chars(CharSet.of([(ord(low[0]) + 1, ord(high[0]) - 1)]))
         parts.append(Seq((between, Repeat(DIGIT, rest, rest))))
     return Alt(tuple(parts))
-
-
-def _multiples(multiple_of: int) -> ByteDfa:
-    """Integers that are multiples: a state for each remainder, and the start, a sign and zero."""
-    if not 1 <= multiple_of <= MAX_MULTIPLE:
-        raise StructureError(f"multipleOf must be an integer from 1 to {MAX_MULTIPLE}, got {multiple_of}")
-    begin, signed, zero = multiple_of, multiple_of + 1, multiple_of + 2
-    rows = [{48 + d: (10 * r + d) % multiple_of for d in range(10)} for r in range(multiple_of)]
-    firsts = {48: zero} | {48 + d: d % multiple_of for d in range(1, 10)}
-    rows += [firsts | {45: signed}, firsts, {}]
-    return minimal_of_rows(rows, accepting={0, zero}, start=begin)
 
 
 # ---- decimals ------------------------------------------------------------------------------------------------------

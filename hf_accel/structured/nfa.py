@@ -18,6 +18,7 @@ from hf_accel.structured.syntax import (
     Counter,
     CounterConflict,
     Fragment,
+    Graph,
     Language,
     Members,
     Node,
@@ -82,6 +83,8 @@ class Nfa:
             return start, end
         if isinstance(node, Members):
             return self._add_members(node)
+        if isinstance(node, Graph):
+            return self._add_graph(node)
         return self._add_repeat(node)
 
     def check_size(self, node: Node) -> None:
@@ -155,6 +158,17 @@ class Nfa:
         self.free[nothing].append(end)
         self.free[something].append(end)
         return start, end
+
+    def _add_graph(self, node: Graph) -> tuple[int, int]:
+        states = [self.state() for _ in range(node.num_states)]
+        for before, part, after in node.edges:
+            first, last = self.add(part)
+            self.free[states[before]].append(first)
+            self.free[last].append(states[after])
+        end = self.state()
+        for state in node.ends:
+            self.free[states[state]].append(end)
+        return states[0], end
 
     def _add_separator(self, separator: Node, before: int, after: int) -> None:
         first, last = self.add(separator)

@@ -21,6 +21,8 @@ _ECMA_SPACE = CharSet.of_chars("\t\n\v\f\r \u00a0\u1680\u2028\u2029\u202f\u205f\
     [(0x2000, 0x200A)]
 )
 
+_ECMA_LINE_ENDS = "\n\r\u2028\u2029"
+
 _STARTS = ("AT_BEGINNING", "AT_BEGINNING_STRING")
 _ENDS = ("AT_END", "AT_END_STRING")
 _TYPE_FLAGS = re.ASCII | re.LOCALE | re.UNICODE
@@ -53,17 +55,21 @@ def parse_regex(pattern: str, *, part: bool = False) -> Node:
     return _Translator(pattern).sequence(data, flags, at_start=not part, at_end=not part)
 
 
-def parse_search(pattern: str) -> Node:
+def parse_search(pattern: str, *, wide: bool = False) -> Node:
     """The texts in which the pattern is found somewhere, as JSON Schema's `pattern` has it.
 
-    Where ECMAScript and Python differ (the members of `\\d`, `\\w` and `\\s`) only what matches in both is let through.
+    Where ECMAScript and Python differ (the members of `\\d`, `\\w` and `\\s`) only what matches in both is let through;
+    with `wide`, what matches in either, so that whatever is left over matches in neither.
 
     Raises:
         StructureError: as `parse_regex`.
     """
     data, flags = _parsed(pattern)
-    node = _Translator(pattern, searching=True).sequence(data, flags, at_start=True, at_end=True)
-    return _unanchored(_unanchored(node, _START, 0), _END, -1)
+    node = _Translator(pattern, searching=True, wide=wide).sequence(data, flags, at_start=True, at_end=True)
+    end = (
+        Repeat(Chars(CharSet.of_chars("\n")), 0, 1) if wide else EMPTY
+    )  # Python's `$` also holds before a last newline
+    return _unanchored(_unanchored(node, _START, 0, EMPTY), _END, -1, end)
 
 
 def _parsed(pattern: str) -> tuple[Any, int]:
@@ -82,19 +88,19 @@ _START, _END = Seq((NOTHING, EMPTY)), Seq((EMPTY, NOTHING))  # stand for anchors
 _ANYTHING = Repeat(Chars(ANY_CHAR), 0, None)
 
 
-def _unanchored(node: Node, anchor: Node, side: int) -> Node:
-    """Let anything stand before (side 0) or after (side -1) the tree, but not where an anchor stands there; drops these."""
+def _unanchored(node: Node, anchor: Node, side: int, instead: Node) -> Node:
+    """Let anything stand before (side 0) or after (side -1) the tree, but where an anchor stands there only `instead`."""
     if node == anchor:
-        return EMPTY
+        return instead
     if isinstance(node, Alt):
-        return Alt(tuple(_unanchored(part, anchor, side) for part in node.parts))
+        return Alt(tuple(_unanchored(part, anchor, side, instead) for part in node.parts))
     if isinstance(node, Repeat) and _has(node, anchor):  # (^a)?: its low and high are 0 or 1 and 1
-        once = _unanchored(node.part, anchor, side)
+        once = _unanchored(node.part, anchor, side, instead)
         return once if node.low else Alt((once, _ANYTHING))
     if isinstance(node, Seq) and node.parts and _has(node.parts[side], anchor):
         if side == 0:
-            return Seq((_unanchored(node.parts[0], anchor, side), *node.parts[1:]))
-        return Seq((*node.parts[:-1], _unanchored(node.parts[-1], anchor, side)))
+            return Seq((_unanchored(node.parts[0], anchor, side, instead), *node.parts[1:]))
+        return Seq((*node.parts[:-1], _unanchored(node.parts[-1], anchor, side, instead)))
     return Seq((_ANYTHING, node)) if side == 0 else Seq((node, _ANYTHING))
 
 
@@ -110,10 +116,12 @@ class _Translator:
     Args:
         pattern: for messages.
         searching: keep anchors as `_START` and `_END`, and take character classes narrowly.
+        wide: take them widely instead.
     """
 
-    def __init__(self, pattern: str, searching: bool = False) -> None:
+    def __init__(self, pattern: str, searching: bool = False, wide: bool = False) -> None:
         self.pattern = pattern
+        self.wide = wide
         self.searching = searching
 
     def sequence(self, items: Sequence[tuple[Any, Any]], flags: int, at_start: bool, at_end: bool) -> Node:
@@ -156,8 +164,11 @@ class _Translator:
 
     def charset(self, op: str, value: Any, flags: int) -> CharSet:
         if self.searching and op == "IN":
-            narrow = _members(value, self.category)
-            return narrow if not flags & re.IGNORECASE else narrow & _asked(_freeze((op, value)), flags & re.IGNORECASE)
+            ours = _members(value, self.category)
+            if not flags & re.IGNORECASE:
+                return ours
+            asked = _asked(_freeze((op, value)), flags & re.IGNORECASE)
+            return ours | asked if self.wide else ours & asked
         if flags & re.IGNORECASE or (flags & re.ASCII and op == "IN"):
             return _asked(_freeze((op, value)), flags & (re.IGNORECASE | re.ASCII | re.DOTALL | re.UNICODE))
         if op == "LITERAL":
@@ -165,18 +176,20 @@ class _Translator:
         if op == "NOT_LITERAL":
             return ~CharSet.of([(value, value)])
         if op == "ANY":
-            return ANY_CHAR if flags & re.DOTALL else ~CharSet.of_chars("\n")
+            if flags & re.DOTALL:
+                return ANY_CHAR
+            return ~CharSet.of_chars(_ECMA_LINE_ENDS if self.searching and not self.wide else "\n")
         return _members(value, lambda name, _: _category(name))
 
     def category(self, name: str, negated: bool) -> CharSet:
         """A class as both ECMAScript and Python have it; inside a negated set, as either of them has it."""
         ours, narrow = _category(name), CharSet.of([(0, 127)])
-        wide = "NOT" in name
+        negative = "NOT" in name
         if name in ("CATEGORY_SPACE", "CATEGORY_NOT_SPACE"):
             theirs = _ECMA_SPACE if name == "CATEGORY_SPACE" else ~_ECMA_SPACE
         else:
-            theirs = ours | ~narrow if wide else ours & narrow
-        return ours | theirs if negated else ours & theirs
+            theirs = ours | ~narrow if negative else ours & narrow
+        return ours | theirs if negated != self.wide else ours & theirs
 
     def refusal(self, construct: str) -> StructureError:
         return StructureError(

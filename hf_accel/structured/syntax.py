@@ -124,7 +124,16 @@ class Members:
     separator: Node
 
 
-Node = Chars | Seq | Alt | Repeat | Language | Counted | Members
+@dataclass(frozen=True)
+class Graph:
+    """Ways from state 0 to any of `ends`; an edge is (state, what is read, next state)."""
+
+    num_states: int
+    edges: tuple[tuple[int, Node, int], ...]
+    ends: tuple[int, ...]
+
+
+Node = Chars | Seq | Alt | Repeat | Language | Counted | Members | Graph
 
 EMPTY = Seq(())
 NOTHING = Alt(())

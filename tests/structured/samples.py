@@ -39,6 +39,7 @@ def _distances(dfa: ByteDfa) -> np.ndarray:
         distance = nearer
 
 
+FEW: list[Any] = [{"type": ["boolean", "null"]}, {"enum": [1, True, 1.0, "a", [2]]}, {"const": None}]
 NAMES = st.sampled_from(["a", "b", "c", 'd"e', "é"])
 SCALARS: list[st.SearchStrategy[Any]] = [
     st.just({"type": "null"}),
@@ -58,7 +59,7 @@ SCALARS: list[st.SearchStrategy[Any]] = [
             "minimum": st.sampled_from([-3, -1.5, 0, 0.25, 7]),
             "maximum": st.sampled_from([-3, -1.5, 0, 0.25, 7, 12.5]),
             "exclusiveMaximum": st.sampled_from([0, 1, 10.5, 100]),
-            "multipleOf": st.sampled_from([1, 2]),
+            "multipleOf": st.sampled_from([1, 2, 0.5, 1.25]),
         },
     ),
     st.fixed_dictionaries(
@@ -100,6 +101,11 @@ def schemas(depth: int = 2) -> st.SearchStrategy[Any]:
             "required": st.lists(NAMES, max_size=2, unique=True),
             "additionalProperties": st.one_of(st.booleans(), inner),
             "patternProperties": st.dictionaries(st.sampled_from(["^a", "b"]), inner, max_size=2),
+            "propertyNames": st.sampled_from([{"maxLength": 2}, {"pattern": "^[a-c]"}, {"not": {"const": "b"}}]),
+            "minProperties": st.integers(0, 3),
+            "maxProperties": st.integers(0, 3),
+            "dependentRequired": st.dictionaries(NAMES, st.lists(NAMES, max_size=2), max_size=2),
+            "dependentSchemas": st.dictionaries(NAMES, inner, max_size=1),
         },
     )
     arrays = st.fixed_dictionaries(
@@ -109,6 +115,9 @@ def schemas(depth: int = 2) -> st.SearchStrategy[Any]:
             "prefixItems": st.lists(inner, min_size=1, max_size=2),
             "minItems": st.integers(0, 2),
             "maxItems": st.integers(0, 3),
+            "contains": inner,
+            "minContains": st.integers(0, 2),
+            "maxContains": st.integers(0, 3),
         },
     )
     combined = st.one_of(
@@ -117,4 +126,15 @@ def schemas(depth: int = 2) -> st.SearchStrategy[Any]:
             for keyword, most in (("anyOf", 3), ("allOf", 2), ("oneOf", 3))
         )
     )
-    return st.one_of(*SCALARS[:5], objects, objects, arrays, combined)
+    unique = st.fixed_dictionaries(
+        {"type": st.just("array"), "uniqueItems": st.just(True), "items": st.sampled_from(FEW)},
+        optional={"minItems": st.integers(0, 2), "prefixItems": st.lists(st.sampled_from(FEW), max_size=2)},
+    )
+    negated = st.one_of(
+        st.fixed_dictionaries({"not": inner}),
+        st.fixed_dictionaries({"not": objects}),
+        st.fixed_dictionaries({"not": arrays}),
+        st.fixed_dictionaries({"type": st.just("object"), "not": objects}),
+        st.fixed_dictionaries({"if": objects}, optional={"then": inner, "else": inner}),
+    )
+    return st.one_of(*SCALARS[:5], objects, objects, arrays, combined, negated, unique)

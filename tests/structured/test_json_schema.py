@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import random
+from unittest.mock import patch
 
 import jsonschema
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from hf_accel.structured import json_schema, json_values
 from hf_accel.structured.json_schema import compile_json_schema
-from hf_accel.structured.syntax import StructureError
+from hf_accel.structured.syntax import NothingMatches, NotRegular, StructureError, TooLarge
 
 from .samples import random_text, schemas
 
@@ -35,7 +37,8 @@ PERSON = {
 @settings(QUIET, max_examples=60)
 def test_accepted_texts_are_valid(schema, seed):
     try:
-        dfa = compile_json_schema(schema)
+        with patch.object(json_values, "ANY_DEPTH", 1):  # small and quick
+            dfa = compile_json_schema(schema)
     except StructureError:
         assume(False)
     validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
@@ -153,23 +156,33 @@ def test_discriminated_one_of():
     ("schema", "message"),
     [
         ("{", "no JSON"),
-        ({"not": {"type": "string"}}, "'not'"),
-        ({"if": {}, "then": {}}, "'if'"),
+        ({"not": {"type": "string", "format": "date"}}, "format 'date' is not supported under not"),
+        ({"not": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"type": "array", "contains": {}}, "'contains'"),
-        ({"type": "object", "propertyNames": {"maxLength": 3}}, "'propertyNames'"),
+        ({"type": "array", "items": {"enum": list(range(9))}, "uniqueItems": True}, "uniqueItems"),
+        ({"type": "array", "uniqueItems": True, "items": {"type": "boolean"}, "contains": {}}, "uniqueItems"),
         ({"type": "object", "minProperties": 2}, "minProperties"),
-        ({"type": "object", "maxProperties": 2}, "maxProperties"),
-        ({"type": "string", "format": "idn-email"}, "format 'idn-email'"),
+        ({"allOf": [{"properties": {"a": {}}}], "unevaluatedProperties": False}, "'unevaluatedProperties'"),
+        ({"type": "object", "patternProperties": {"(": {}}, "properties": {"a": {}}}, "not a regular expression"),
+        ({"type": "number", "minimum": float("inf")}, "minimum must be a number"),
+        ({"$dynamicRef": "#a"}, "'\\$dynamicRef'"),
+        ({"extends": {}}, "draft 3"),
+        ({"type": "string", "nullable": True}, "'nullable'"),
+        ({"type": "string", "format": "color"}, "format 'color'"),
+        ({"type": "object", "required": True}, "required must be a list of strings"),
+        ({"properties": []}, "properties must be an object of schemas"),
+        ({"anyOf": []}, "anyOf must be"),
         ({"type": "string", "pattern": "(?=a)"}, "lookahead"),
-        ({"type": "number", "multipleOf": 0.1}, "multipleOf"),
+        ({"type": "number", "multipleOf": 0}, "multipleOf"),
+        ({"type": "number", "multipleOf": 1.2345678}, "multipleOf"),
+        ({"not": {}}, "allows no value"),
         ({"type": "text"}, "unknown type 'text'"),
         ({"$ref": "other.json#/a"}, "remote"),
         ({"$ref": "#/$defs/none"}, "names nothing"),
         ({"type": "array", "items": {"$ref": "#"}}, "recursive"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "allows no value"),
         ({"type": "object", "required": ["a"], "properties": {"a": False}}, "allows no value"),
-        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+        ({"oneOf": [{"format": "date"}, {"maxLength": 3}], "type": "string"}, "oneOf.*format 'date'"),
         ({"type": "string", "maxLength": 1_000_000, "pattern": "^a"}, "states"),
         ({"type": "string", "minLength": -1}, "minLength"),
         (3, "must be an object"),
@@ -177,4 +190,48 @@ def test_discriminated_one_of():
 )
 def test_refusals_name_the_keyword(schema, message):
     with pytest.raises(StructureError, match=message):
+        compile_json_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"$ref": "#"}},
+        {
+            "$ref": "#/$defs/a",
+            "$defs": {"a": {"properties": {"b": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/a"}]}}}},
+        },
+        {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+        {"not": {"properties": {"a": {"not": {"$ref": "#"}}}}},
+    ],
+)
+def test_recursion_is_not_regular(schema):
+    with pytest.raises(NotRegular, match="recursive"):
+        compile_json_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 1_000_000, "pattern": "^a"},
+        {"type": "array", "items": {"type": "integer"}, "maxItems": 5000, "contains": {"const": 1}},
+    ],
+)
+def test_what_passes_the_caps_is_too_large(schema):
+    with pytest.raises(TooLarge):
+        compile_json_schema(schema)
+
+
+def test_what_certainly_matches_nothing_is_told_from_what_is_only_approached():
+    with pytest.raises(NothingMatches):
+        compile_json_schema({"type": "integer", "minimum": 3, "maximum": 2})
+    with pytest.raises(StructureError, match="no value") as caught:
+        compile_json_schema({"type": "string", "format": "ipv4", "pattern": "x"})
+    assert not isinstance(caught.value, NothingMatches)
+
+
+def test_too_many_combinations_are_too_large():
+    schema = {"allOf": [{"not": {"required": [f"a{i}", f"b{i}"]}} for i in range(6)], "type": "object"}
+    small = patch.object(json_values, "ANY_DEPTH", 0)
+    with small, patch.object(json_schema, "MAX_CONJUNCTIONS", 20), pytest.raises(TooLarge, match="combinations"):
         compile_json_schema(schema)
