@@ -74,7 +74,7 @@ def measure(context: Context, engine: Any, bench: models.BenchmarkModel, size: i
     arms: dict[str, dict[str, Any]] = {BASELINE: {}, **CONSTRAINTS}
 
     def call(arm: dict[str, Any], length: int) -> Seconds:
-        params = hf_accel.SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, **arm)
+        params = hf_accel.SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, jump_forward=False, **arm)
         seconds, outputs = timed(lambda: engine.generate(prompts, params, use_tqdm=False))
         made = [len(o.outputs[0].token_ids) for o in outputs]
         assert made == [length] * batch, f"a generation ended early: {made}"

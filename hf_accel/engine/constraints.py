@@ -129,15 +129,19 @@ class ConstrainedRows:
         closing = ClosingRows.among(budgets, lengths, all_states)
         return cls([i for i, _ in found], [c for _, c in found], all_states, closing)
 
-    def masked(self, scores: Tensor, *, may_be_lost: bool) -> Tensor:
-        """A copy of `scores` in which only allowed tokens have a chance; where edits had left none of these, each has."""
+    def masked(self, scores: Tensor, *, may_be_lost: bool, in_place: bool = False) -> Tensor:
+        """`scores` with only allowed tokens having a chance; where edits had left none of these, each has. A copy, unless
+        `in_place` says that it may be `scores` itself."""
         close = None if self._closing is None else self._closing.apply
         if may_be_lost:
             return mask_and_keep_alive(self._table, scores, self._states, close)
-        masked = self._table.masked(scores, self._states)
+        if in_place:
+            self._table.apply(scores, self._states)
+        else:
+            scores = self._table.masked(scores, self._states)
         if close is not None:
-            close(masked)
-        return masked
+            close(scores)
+        return scores
 
     def advance(self, token_ids: Tensor) -> None:
         """Take in the rows' chosen tokens [num_rows]."""

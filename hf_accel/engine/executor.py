@@ -136,9 +136,10 @@ class Executor:
         if not wanted.indices:
             return logits, []
         own, rows = _rows_of(logits, wanted.indices), wanted.sampling_rows
+        owned = own is not logits or not wanted.prompt
         if not batch.drafts_cpu:
-            return logits, self.sampler.sample(own, rows)
-        return logits, self.sampler.begin(own, rows, wanted.lengths).finish()
+            return logits, self.sampler.sample(own, rows, owned=owned)
+        return logits, self.sampler.begin(own, rows, wanted.lengths, owned=owned).finish()
 
     @torch.inference_mode(False)  # a thread of its own starts with torch's defaults
     @torch.no_grad()
@@ -154,7 +155,7 @@ class Executor:
         if not wanted.indices:
             return None
         logits = _rows_of(logits, wanted.indices)
-        sampled = self.sampler.begin(logits, wanted.sampling_rows, wanted.lengths, ahead=True)
+        sampled = self.sampler.begin(logits, wanted.sampling_rows, wanted.lengths, ahead=True, owned=True)
         last_tokens = _rows_of(batch.logits_indices, wanted.indices)
         table.index_copy_(0, slots.index_select(0, last_tokens), sampled.token_ids)
         return sampled.to_host()

@@ -33,12 +33,13 @@ class Sampler:
     and its own distribution, not on what else is in the batch.
     """
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], *, owned: bool = False) -> list[SampledToken]:
         """Choose one token for each row.
 
         Args:
-            logits: [num_rows, vocab_size] float32, any device; not changed.
+            logits: [num_rows, vocab_size] float32, any device; not changed, unless they are `owned`.
             rows: one for each row of `logits`, in order.
+            owned: as in `begin`.
 
         Returns:
             One result for each row. NaN logits, a distribution with no token left, or an exception in a row's own
@@ -47,10 +48,16 @@ class Sampler:
         assert logits.dim() == 2 and logits.shape[0] == len(rows)
         if logits.device.type == "cpu" and all(row.params.plain_greedy and row.constraint is None for row in rows):
             return _greedy_on_host(logits)
-        return self.begin(logits, rows, [len(row.token_ids) for row in rows]).finish()
+        return self.begin(logits, rows, [len(row.token_ids) for row in rows], owned=owned).finish()
 
     def begin(
-        self, logits: Tensor, rows: Sequence[SamplingRow], lengths: Sequence[int], *, ahead: bool = False
+        self,
+        logits: Tensor,
+        rows: Sequence[SamplingRow],
+        lengths: Sequence[int],
+        *,
+        ahead: bool = False,
+        owned: bool = False,
     ) -> SampledBatch:
         """Queue the choice of one token for each row; on CUDA this waits for nothing (a row's own processor may).
 
@@ -59,6 +66,7 @@ class Sampler:
             rows: as in `sample`.
             lengths: how many tokens stand before each row's choice, those included that the host does not know yet.
             ahead: the next choice of these rows may be queued before their `token_ids` have this one: count it now.
+            owned: `logits` may be written: nobody reads them afterwards.
         """
         assert logits.dim() == 2 and logits.shape[0] == len(rows) == len(lengths)
         errors: dict[int, Exception] = {}
@@ -69,7 +77,8 @@ class Sampler:
             scores = _with_edited(logits, edits)
         constrained = ConstrainedRows.among(rows, lengths, logits.device)
         if constrained is not None:
-            scores = constrained.masked(scores, may_be_lost=bool(edited))
+            in_place = owned and not any(row.params.logprobs is not None for row in rows)
+            scores = constrained.masked(scores, may_be_lost=bool(edited), in_place=in_place)
         scores = mask_dynamic(scores, rows, lengths, errors, bool(edited))
         token_ids, valid = _choose(scores, rows, lengths)
         if constrained is not None:
