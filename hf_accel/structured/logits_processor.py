@@ -8,19 +8,19 @@ any number of threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_accel.structured.call_memory import CallHistory, UnfinishedRows, state_after
 from hf_accel.structured.closing import Closing, check_budget
 from hf_accel.structured.compiler import Compiled, compiler_for
 from hf_accel.structured.constraint import WHITESPACE, Constraint
 from hf_accel.structured.dynamic import DynamicGrammar
-from hf_accel.structured.dynamic_rows import DynamicRows
 from hf_accel.structured.mask_table import DONE, FREE, MaskTable, mask_and_keep_alive
-from hf_accel.structured.row_memory import RowMemory, row_hashes
+from hf_accel.structured.row_memory import row_hashes
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import TokenFsm
 from hf_accel.structured.vocabulary import Vocabulary
@@ -66,8 +66,8 @@ class ConstraintLogitsProcessor:
         self._vocabulary = compiler.vocabulary
         self._tables: dict[torch.device, MaskTable] = {}
         self._closing: dict[torch.device, list[Closing | None]] = {}
-        self._histories: dict[int, _History] = {}  # by thread: the steps of one call are all of one
-        self._unfinished: _Unfinished | None = None
+        self._histories: dict[int, CallHistory] = {}  # by thread: the steps of one call are all of one
+        self._unfinished: UnfinishedRows | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -139,13 +139,13 @@ class ConstraintLogitsProcessor:
 
     def was_applied(self, sequences: Tensor, num_prompt_tokens: int) -> None:
         """Another has generated these rows [num_rows, length] under `compiled`: a later call may go on from them."""
-        self._unfinished = _Unfinished(sequences, num_prompt_tokens)
+        self._unfinished = UnfinishedRows(sequences, num_prompt_tokens)
 
-    def _recall(self, rows: _Unfinished) -> None:
+    def _recall(self, rows: UnfinishedRows) -> None:
         table, before, self._unfinished = self._table(rows.sequences.device), rows.sequences[:, :-1], None
         outputs = before[:, rows.num_prompt_tokens :].tolist()
         states = [
-            _state_after(table, fsm, output) if isinstance(fsm, TokenFsm) else FREE
+            state_after(table, fsm, output) if isinstance(fsm, TokenFsm) else FREE
             for fsm, output in zip(self.compiled(len(outputs)), outputs, strict=True)
         ]
         history, dynamic = self._history(), self._dynamic_rows(len(outputs))
@@ -219,11 +219,11 @@ class ConstraintLogitsProcessor:
         each = len(input_ids) // len(self._fsms)
         return torch.arange(len(input_ids), device=input_ids.device) // max(each, 1)
 
-    def _history(self) -> _History:
+    def _history(self) -> CallHistory:
         """This thread's."""
         known, thread = self._histories, threading.get_ident()
         if thread not in known:
-            known[thread] = _History()
+            known[thread] = CallHistory()
             for old in list(known)[:-_THREADS]:
                 known.pop(old, None)
         return known[thread]
@@ -278,45 +278,3 @@ class GrammarLogitsProcessor(ConstraintLogitsProcessor):
 
     def __init__(self, grammar: str, tokenizer: Any, **options: Any) -> None:
         super().__init__(Constraint.grammar(grammar), tokenizer, **options)
-
-
-def _state_after(table: MaskTable, fsm: TokenFsm, token_ids: Sequence[int]) -> int:
-    """The state of a row whose output begins with these tokens; one that is not allowed ends it."""
-    state, count = fsm.start, 0
-    for token_id in token_ids:
-        if state <= DONE or not fsm.allows(state, token_id, count):
-            return DONE
-        state, count = fsm.advance(state, token_id, count)
-    return table.global_state(fsm, state, count)
-
-
-class _History:
-    """What one thread's calls have left behind."""
-
-    def __init__(self) -> None:
-        self.dynamic = DynamicRows()
-        self._memory: RowMemory | None = None
-
-    def memory(self, device: torch.device) -> RowMemory:
-        """Of rows on a device; another device begins anew."""
-        if self._memory is None or self._memory.device != device:
-            self._memory = RowMemory(device)
-        return self._memory
-
-
-class _Unfinished:
-    """Rows that a call has left, all tokens known, and where their outputs begin."""
-
-    def __init__(self, sequences: Tensor, num_prompt_tokens: int) -> None:
-        self.sequences, self.num_prompt_tokens = sequences, num_prompt_tokens
-        self.hashes = _hashes(sequences[:, :-1])
-
-    def holds(self, input_ids: Tensor) -> bool:
-        """Whether one of these rows [num_rows, length] goes on from one of ours."""
-        if input_ids.shape[1] != self.sequences.shape[1] or input_ids.device != self.sequences.device:
-            return False
-        return bool((_hashes(input_ids[:, :-1])[:, None] == self.hashes[None]).any())
-
-
-def _hashes(ids: Tensor) -> Tensor:
-    return row_hashes(ids.long(), torch.zeros(len(ids), dtype=torch.long, device=ids.device))
