@@ -23,6 +23,8 @@ _ECMA_SPACE = CharSet.of_chars("\t\n\v\f\r \u00a0\u1680\u2028\u2029\u202f\u205f\
 
 _ECMA_LINE_ENDS = "\n\r\u2028\u2029"
 
+_MANY_RANGES = 100
+
 _STARTS = ("AT_BEGINNING", "AT_BEGINNING_STRING")
 _ENDS = ("AT_END", "AT_END_STRING")
 _TYPE_FLAGS = re.ASCII | re.LOCALE | re.UNICODE
@@ -189,7 +191,10 @@ class _Translator:
             theirs = _ECMA_SPACE if name == "CATEGORY_SPACE" else ~_ECMA_SPACE
         else:
             theirs = ours | ~narrow if negative else ours & narrow
-        return ours | theirs if negated != self.wide else ours & theirs
+        found = ours | theirs if negated != self.wide else ours & theirs
+        if self.wide and len(found.ranges) > _MANY_RANGES:  # wider still: spelling them all takes too many states
+            return found & narrow if negated else found | ~narrow
+        return found
 
     def refusal(self, construct: str) -> StructureError:
         return StructureError(

@@ -71,6 +71,7 @@ CASES = [
     ({"type": "integer", "not": {"oneOf": [{"minimum": 0}, {"maximum": 9}]}}, ["0", "9"], ["-1", "10"]),
     ({"type": "integer", "not": {"$ref": "#/$defs/d"}, "$defs": {"d": {"minimum": 3}}}, ["2"], ["3"]),
     ({**AB, "not": {"dependentRequired": {"a": ["b"]}}}, ['{"a": 1}'], ["{}", '{"a": 1, "b": 1}']),
+    ({"type": "string", "not": {"pattern": r"^\w+$"}}, ['"a b"', '""'], ['"ab"', '"\u00e9"']),
     # if, oneOf
     (
         {"if": {"type": "integer"}, "then": {"minimum": 3}, "else": {"type": "string"}},
