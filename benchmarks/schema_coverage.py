@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import hf_accel
+from benchmarks import results
 from hf_accel.structured.compiler import ConstraintCompiler
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.dynamic import DynamicBackend, DynamicGrammar, Matcher
@@ -53,7 +54,7 @@ COLUMNS = (
         "timed_out",
         "dynamic",
     ),
-    *("compile_ms_median", "compile_ms_p90", "compile_ms_p99", "sample", "command"),
+    *("compile_ms_median", "compile_ms_p90", "compile_ms_p99", "sample", "command", "machine", "date"),
 )
 
 
@@ -209,12 +210,12 @@ def main() -> None:
     worker, paths = Worker(Bench(), options.limit), cases(options.folder, options.count, options.seed)
     sample = f"{len(paths)} of MaskBench, seed {options.seed}, {options.limit} s each"
     command = f"python -m benchmarks.schema_coverage FOLDER --count {options.count} --seed {options.seed}"
-    rows, details = [], []
+    rows, details, stamped = [], [], results.stamp(command, 1, "cpu")
     for engine in options.engines:
         found = [worker.check(engine, path) for path in tqdm(paths, desc=engine, mininterval=5)]
         details += [{"engine": engine, "file": p.name, **f} for p, f in zip(paths, found, strict=True)]
-        rows.append(row(engine, found, sample, command))
-        print({k: v for k, v in rows[-1].items() if k not in ("sample", "command")}, flush=True)
+        rows.append({**row(engine, found, sample, command), "machine": stamped["cpu"], "date": stamped["date"]})
+        print({k: v for k, v in rows[-1].items() if k not in COLUMNS[-4:]}, flush=True)
         for reason, number in Counter(f["refused"][:60] for f in found if "refused" in f).most_common(12):
             print(f"  {number:4} {reason}")
     _write(options.output, list(COLUMNS), rows)
