@@ -34,7 +34,8 @@ class RowConstraint:
     """One request's automaton and where its output stands: on the device, and on the host as far as its tokens are known; and
     where it must have ended.
 
-    It is the request's `Drafter`, too.
+    It is the request's `Drafter`, too. The scheduler's threads know the host's side, under the predictor's lock; whoever samples
+    reads the device's side, and of the host's only what `settle` has left.
     """
 
     def __init__(
@@ -44,13 +45,15 @@ class RowConstraint:
         self._predictor, self._first = predictor, num_prompt_tokens
         self._matcher = GrammarMatcher(self.fsm)
         table.start(self.fsm)
+        self._settled = (-1, 0)  # (tokens of the output, state after them)
         self._state: Tensor | None = None  # [1] int64
         self._num_tokens = -1  # of the output, that `_state` has seen
 
     def draft(self, token_ids: Sequence[int], limit: int) -> tuple[int, ...]:
         """See `Drafter`."""
-        state = self._matcher.follow(token_ids, self._first, self._predictor)
-        return tuple(token_id for token_id, _, _ in self._predictor.propose(*state, limit))
+        with self._predictor.lock:
+            state = self._matcher.follow(token_ids, self._first, self._predictor)
+            return tuple(token_id for token_id, _, _ in self._predictor.propose(*state, limit))
 
     def waits(self, token_ids: Sequence[int]) -> bool:
         """See `Drafter`."""
@@ -58,7 +61,8 @@ class RowConstraint:
 
     def after(self, token_ids: Sequence[int], draft: Sequence[int]) -> list[GuessedState]:
         """The states after the first, the first two, ... of some guesses that follow known tokens."""
-        state, count = self._matcher.follow(token_ids, self._first, self._predictor)
+        with self._predictor.lock:
+            state, count = self._matcher.follow(token_ids, self._first, self._predictor)
         states = []
         for token_id in draft:
             state, count = self.fsm.advance(state, token_id, count)
@@ -66,14 +70,18 @@ class RowConstraint:
         on_device = upload(states, torch.long, self.table.device)
         return [GuessedState(self.table, on_device[i : i + 1], self.budget) for i in range(len(states))]
 
+    def settle(self, token_ids: Sequence[int]) -> None:
+        """All tokens are known, and no step before is still to choose one: note where the output stands."""
+        with self._predictor.lock:
+            state = self._matcher.follow(token_ids, self._first, self._predictor)
+        self._settled = (len(token_ids) - self._first, self.table.global_state(self.fsm, *state))
+
     def state(self, row: SamplingRow, length: int) -> Tensor:
         """[1] int64: the state before the token that follows `length` tokens."""
         num_tokens = length - row.num_prompt_tokens
         if self._state is None or num_tokens != self._num_tokens:
-            assert len(row.token_ids) == length, "a token that is not known yet has advanced the state already"
-            state = self.table.global_state(
-                self.fsm, *self._matcher.follow(row.token_ids, self._first, self._predictor)
-            )
+            settled, state = self._settled
+            assert settled == num_tokens, "a token that is not known yet has advanced the state already"
             self._state, self._num_tokens = upload([state], torch.long, self.table.device), num_tokens
         return self._state
 

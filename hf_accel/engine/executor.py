@@ -175,6 +175,8 @@ class Executor:
                 wanted.external.append((request.request_id, last))
             elif at_end:
                 own = self._sampling_row(request)
+                if not request.num_placeholders:
+                    own.settle()
                 wanted.sampled.append((request, draft))
                 wanted.sampling_rows.extend((own, *own.after(draft)))
                 wanted.lengths.extend(range(seq_len, seq_len + len(draft) + 1))

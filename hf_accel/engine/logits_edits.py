@@ -50,6 +50,11 @@ class SamplingRow:
         params = self.params
         return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
+    def settle(self) -> None:
+        """All of the row's tokens are known: what was derived from them may be looked at by the thread that samples."""
+        if isinstance(self.constraint, RowConstraint):
+            self.constraint.settle(self.token_ids)
+
     def after(self, draft: Sequence[int]) -> list[SamplingRow]:
         """The row as it is after the first, the first two, ... of some guesses: one row for each guess.
 

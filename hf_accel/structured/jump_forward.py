@@ -7,6 +7,7 @@ tokens, or always puts the optional space, is soon guessed right, and in free te
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from hf_accel.structured.token_fsm import DONE, TokenFsm
@@ -18,7 +19,7 @@ MIN_GAIN = 2  # guessed tokens for which a row sits out a step that would be lau
 
 
 class TokenPredictor:
-    """What comes next in each state of one automaton. Shared by all rows of it.
+    """What comes next in each state of one automaton. Shared by all rows of it, whose threads hold `lock` when they ask.
 
     Args:
         fsm: the automaton.
@@ -27,6 +28,7 @@ class TokenPredictor:
 
     def __init__(self, fsm: TokenFsm, vocabulary: Vocabulary) -> None:
         self.fsm = fsm
+        self.lock = threading.Lock()
         self._tokens, self._eos = vocabulary.tokens, frozenset(vocabulary.eos_token_ids)
         self._guess: dict[int, int] = {}  # token by state, -1 for none
         self._trust: dict[int, int] = {}  # whoever is trusted less than 0 is not proposed
@@ -87,7 +89,7 @@ class GrammarMatcher:
         num_tokens = len(token_ids) - first
         if num_tokens < self._num_tokens:
             self.state, self.count, self._num_tokens = self.fsm.start, 0, 0
-        for i in range(first + self._num_tokens, len(token_ids)):
+        for i in range(first + self._num_tokens, first + num_tokens):
             if self.state != DONE:
                 if predictor is not None:
                     predictor.observe(self.state, self.count, token_ids[i])

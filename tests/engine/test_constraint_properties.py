@@ -235,6 +235,8 @@ def test_draws_have_the_distribution_of_the_allowed_tokens(seed):
         for i in range(num_rows)
     ]
     while rows:
+        for row in rows:
+            row.settle()
         sampled = Sampler().sample(logits.expand(len(rows), 8).contiguous(), rows)
         for row, token in zip(rows, sampled, strict=True):
             assert token.error is None
