@@ -29,6 +29,9 @@ from hf_accel.structured.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from hf_accel.engine.logits_edits import SamplingRow
 
+ARENA_BYTES = 512 << 20
+"""Once a table is larger, new automata go to a new one, and the old one goes with the last of its rows."""
+
 
 class RowConstraint:
     """One request's automaton and where its output stands: on the device, and on the host as far as its tokens are known; and
@@ -106,56 +109,71 @@ class GuessedState:
 
 
 class ConstrainedRows:
-    """Those of a batch. All share one table."""
+    """Those of a batch, by the table that their states are in: mostly there is one."""
 
     def __init__(
         self,
-        indices: list[int],
-        constraints: list[RowConstraint | GuessedState],
-        states: Tensor,
+        parts: list[tuple[MaskTable, Tensor, list[tuple[int, RowConstraint | GuessedState]]]],
         closing: ClosingRows | None = None,
     ) -> None:
-        self._indices, self._constraints, self._closing = indices, constraints, closing
-        self._states = states  # [num_rows], FREE for rows without a constraint
-        self._table = constraints[0].table
+        self._parts = parts  # with states [num_rows], FREE for rows of other tables and rows without a constraint
+        self._closing = closing
 
     @classmethod
     def among(cls, rows: Sequence[SamplingRow], lengths: Sequence[int], device: torch.device) -> ConstrainedRows | None:
         """Those of `rows` with an automaton, or None if there are none."""
-        found = [
-            (i, row.constraint)
-            for i, row in enumerate(rows)
-            if isinstance(row.constraint, RowConstraint | GuessedState)
-        ]
-        if not found:
+        by_table: dict[MaskTable, list[tuple[int, RowConstraint | GuessedState]]] = {}
+        for i, row in enumerate(rows):
+            if isinstance(row.constraint, RowConstraint | GuessedState):
+                by_table.setdefault(row.constraint.table, []).append((i, row.constraint))
+        if not by_table:
             return None
-        states = [torch.full((1,), FREE, dtype=torch.long, device=device)] * len(rows)
+        free = torch.full((1,), FREE, dtype=torch.long, device=device)
+        everyone, parts = [free] * len(rows), []
         budgets: list[Budget | None] = [None] * len(rows)
-        for i, constraint in found:
-            states[i], budgets[i] = constraint.state(rows[i], lengths[i]), constraint.budget
-        all_states = torch.cat(states)
-        closing = ClosingRows.among(budgets, lengths, all_states)
-        return cls([i for i, _ in found], [c for _, c in found], all_states, closing)
+        for table, found in by_table.items():
+            own = [free] * len(rows)
+            for i, constraint in found:
+                everyone[i] = own[i] = constraint.state(rows[i], lengths[i])
+                budgets[i] = constraint.budget
+            parts.append((table, torch.cat(own), found))
+        closing = None
+        if any(budget is not None for budget in budgets):
+            closing = ClosingRows.among(budgets, lengths, torch.cat(everyone))
+        return cls(parts, closing)
 
     def masked(self, scores: Tensor, *, may_be_lost: bool, in_place: bool = False) -> Tensor:
         """`scores` with only allowed tokens having a chance; where edits had left none of these, each has. A copy, unless
         `in_place` says that it may be `scores` itself."""
         close = None if self._closing is None else self._closing.apply
-        if may_be_lost:
-            return mask_and_keep_alive(self._table, scores, self._states, close)
-        if in_place:
-            self._table.apply(scores, self._states)
-        else:
-            scores = self._table.masked(scores, self._states)
-        if close is not None:
-            close(scores)
+        for number, (table, states, _) in enumerate(self._parts):
+            last = close if number == len(self._parts) - 1 else None
+            if may_be_lost:
+                scores = mask_and_keep_alive(table, scores, states, last)
+                continue
+            if in_place or number:
+                table.apply(scores, states)
+            else:
+                scores = table.masked(scores, states)
+            if last is not None:
+                last(scores)
         return scores
 
     def advance(self, token_ids: Tensor) -> None:
         """Take in the rows' chosen tokens [num_rows]."""
-        states = self._table.advance(self._states, token_ids)
-        for i, constraint in zip(self._indices, self._constraints, strict=True):
-            constraint.advance(states[i : i + 1])
+        for table, states, found in self._parts:
+            after = table.advance(states, token_ids).split(1)
+            for i, constraint in found:
+                constraint.advance(after[i])
+
+
+class _Arena:
+    """A table, and what belongs to the automata that are in it."""
+
+    def __init__(self, table: MaskTable) -> None:
+        self.table = table
+        self.predictors: dict[TokenFsm, TokenPredictor] = {}
+        self.closing: dict[TokenFsm, Closing] = {}
 
 
 class EngineConstraints:
@@ -171,10 +189,8 @@ class EngineConstraints:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos, self._device = tuple(sorted(eos_token_ids)), device
-        self._table: MaskTable | None = None
+        self._arena: _Arena | None = None
         self._vocabulary: Vocabulary | None = None
-        self._predictors: dict[TokenFsm, TokenPredictor] = {}
-        self._closing: dict[TokenFsm, Closing] = {}
 
     def compile(self, params: SamplingParams, max_new_tokens: int) -> Compiled | None:
         """What `params` ask for, compiled, or None without a constraint. Waits for a thread that compiles; holds no lock.
@@ -221,19 +237,20 @@ class EngineConstraints:
         """
         if isinstance(fsm, DynamicGrammar):
             return DynamicConstraint(fsm)
-        if self._table is None:
-            self._table = MaskTable(self._vocab_size, self._eos, self._device)
         known = vocabulary or self._vocabulary
         assert known is not None, "nothing was compiled"
-        predictor = self._predictors.get(fsm)
+        arena = self._arena
+        if arena is None or (fsm not in arena.predictors and arena.table.num_bytes > ARENA_BYTES):
+            arena = self._arena = _Arena(MaskTable(self._vocab_size, self._eos, self._device))
+        predictor = arena.predictors.get(fsm)
         if predictor is None:
-            predictor = self._predictors[fsm] = TokenPredictor(fsm, known)
+            predictor = arena.predictors[fsm] = TokenPredictor(fsm, known)
         budget = None
         if closes_at is not None:
-            if fsm not in self._closing:
-                self._closing[fsm] = Closing(fsm, self._table)
-            budget = Budget(self._closing[fsm], closes_at)
-        return RowConstraint(predictor, self._table, num_prompt_tokens, budget)
+            if fsm not in arena.closing:
+                arena.closing[fsm] = Closing(fsm, arena.table)
+            budget = Budget(arena.closing[fsm], closes_at)
+        return RowConstraint(predictor, arena.table, num_prompt_tokens, budget)
 
 
 def constraint_of(params: SamplingParams) -> Constraint | None:

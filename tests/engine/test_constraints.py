@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoTokenizer
 import hf_accel
 from hf_accel import Engine, SamplingParams
 from hf_accel.config import FaultInjection
+from hf_accel.engine import constraints
 from hf_accel.structured import compiler
 from hf_accel.structured.logits_processor import RegexLogitsProcessor
 from hf_accel.structured.syntax import StructureError
@@ -180,3 +183,25 @@ def test_missing_tokenizer_or_eos_and_two_constraints(model, tokenizer):
         Engine(model, tokenizer, **CONFIG).generate([[1]], SamplingParams(regex="a"))
     with pytest.raises(ValueError, match="only one of"):
         SamplingParams(regex="a", json_object=True)
+
+
+def test_tables_that_are_full_go_with_their_rows(model, tokenizer, monkeypatch):
+    """Every automaton in a table of its own, several tables in one batch: the same answers, and nothing is kept."""
+    expected = run(Engine(model, tokenizer, **CONFIG))
+    monkeypatch.setattr(constraints, "ARENA_BYTES", 0)
+    tables = []
+    made = constraints.MaskTable
+
+    def noted(*args):
+        tables.append(made(*args))
+        return tables[-1]
+
+    monkeypatch.setattr(constraints, "MaskTable", noted)
+    for overlap in (False, True):
+        engine = Engine(model, tokenizer, overlap=overlap, **CONFIG)
+        assert run(engine) == expected
+        assert len(tables) >= 3
+        kept = [weakref.ref(table) for table in tables]
+        tables.clear()
+        gc.collect()
+        assert sum(ref() is not None for ref in kept) <= 1
