@@ -6,6 +6,7 @@ Most of the text is forced by the layout: this is where jump-forward has somethi
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ CASE = "character layout"
 METRIC = "ms a token"
 MAX_TOKENS = 256
 SMOKE_TOKENS = 24
+NUM_STREAMS = 4
 FIELD = "[A-Za-z0-9 ]{1,16}"
 LAYOUT = rf"""\{{
     "name": "{FIELD}",
@@ -70,22 +72,40 @@ def run(context: Context) -> None:
             print(f"   no model with a vocabulary of {size}: left out (there are {sorted(MODELS)})")
             continue
         bench, tokenizer = load(size, context)
-        engine = hf_accel.Engine(bench.model, tokenizer)
+        fresh = FreshEngine(functools.partial(hf_accel.Engine, bench.model, tokenizer))
         try:
             for batch in [2] if context.smoke else [1, len(FULL_NAMES)]:
-                context.emit(measure(context, engine, bench, tokenizer, size, batch))
+                context.emit(measure(context, fresh, bench, tokenizer, size, batch))
         finally:
-            engine.shutdown()
+            fresh.engine.shutdown()
+
+
+class FreshEngine:
+    """One that has learnt nothing yet of how the model spells the layout: repeated prompts would be known by heart."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self.engine = make()
+
+    def renew(self) -> None:
+        """An engine that has run, but under no constraint."""
+        import hf_accel
+
+        self.engine.shutdown()
+        self.engine = self._make()
+        self.engine.generate([[5, 6, 7]], hf_accel.SamplingParams(temperature=0.0, max_tokens=2), use_tqdm=False)
 
 
 def measure(
-    context: Context, engine: Any, bench: models.BenchmarkModel, tokenizer: Any, size: int, batch: int
+    context: Context, fresh: FreshEngine, bench: models.BenchmarkModel, tokenizer: Any, size: int, batch: int
 ) -> list[dict[str, Any]]:
-    """Rows of one batch size."""
-    names = FULL_NAMES[:batch] if batch > 1 else FULL_NAMES[:1]
+    """Rows of one batch size; with 1, some prompts one after the other."""
+    names = FULL_NAMES[:batch] if batch > 1 else FULL_NAMES[:NUM_STREAMS]
     texts = [f"{name} is a character of a novel. A description of {name} as JSON:\n" for name in names]
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    arms = our_arms(context, engine, prompts) | hf_arms(context, bench, tokenizer, prompts)
+    calls = [prompts] if batch > 1 else [[prompt] for prompt in prompts]
+    ours = our_arms(context, fresh, calls)
+    arms = ours | hf_arms(context, bench, tokenizer, calls)
     found = {name: Rounds() for name in arms}
     last: dict[str, Result] = {}
     notes: dict[str, str] = {}
@@ -93,7 +113,10 @@ def measure(
         for name, arm in arms.items():
             if name in notes or (number > 0 and sum(s.wall for s in found[name].found.values()) > 4 * context.seconds):
                 continue
-            engine.flush_cache()
+            if number < 0 and name not in ours:
+                continue
+            if name in ours:
+                fresh.renew()
             try:
                 seconds, last[name] = timed(arm)
             except (ValueError, RuntimeError, AssertionError) as error:
@@ -110,12 +133,12 @@ def measure(
         rows.append(row(**where, side=name, metric="forward passes x rows, a token", cpu=passes))
         rows.append(row(**where, side=name, metric="tokens", cpu=result.num_tokens))
         if "free" not in name:
-            equal = sum(a == b for a, b in zip(result.outputs, last["hf_accel"].outputs, strict=True)) / batch
+            equal = sum(a == b for a, b in zip(result.outputs, last["hf_accel"].outputs, strict=True)) / len(prompts)
             rows.append(row(**where, side=name, metric="share of outputs equal to hf_accel's", cpu=equal))
     return rows + [row(**where, side=name, metric=METRIC, note=note) for name, note in notes.items()]
 
 
-def our_arms(context: Context, engine: Any, prompts: list[list[int]]) -> dict[str, Callable[[], Result]]:
+def our_arms(context: Context, fresh: FreshEngine, calls: list[list[list[int]]]) -> dict[str, Callable[[], Result]]:
     """The engine under the layout, with jump-forward on and off where there is such a switch; and without a constraint."""
     import hf_accel
 
@@ -128,7 +151,7 @@ def our_arms(context: Context, engine: Any, prompts: list[list[int]]) -> dict[st
 
     def arm(params: Any) -> Callable[[], Result]:
         def generate() -> Result:
-            count = 0
+            count, engine = 0, fresh.engine
             runner = engine.core.executor.runner
             forward = runner.forward
 
@@ -139,7 +162,7 @@ def our_arms(context: Context, engine: Any, prompts: list[list[int]]) -> dict[st
 
             runner.forward = counted
             try:
-                outputs = engine.generate(prompts, params, use_tqdm=False)
+                outputs = [o for prompts in calls for o in engine.generate(prompts, params, use_tqdm=False)]
             finally:
                 del runner.forward
             return Result([list(o.outputs[0].token_ids) for o in outputs], count)
@@ -150,7 +173,7 @@ def our_arms(context: Context, engine: Any, prompts: list[list[int]]) -> dict[st
 
 
 def hf_arms(
-    context: Context, bench: models.BenchmarkModel, tokenizer: Any, prompts: list[list[int]]
+    context: Context, bench: models.BenchmarkModel, tokenizer: Any, calls: list[list[list[int]]]
 ) -> dict[str, Callable[[], Result]]:
     """`model.generate` of the unpatched model, left-padded: free, with our processor, and with the peers'."""
     sides = {make.name: make(tokenizer) for make in context.sides()}
@@ -160,9 +183,7 @@ def hf_arms(
             compiled[name] = side.compile(CHARACTER)
         except (ValueError, RuntimeError) as error:
             print(f"   {name} refuses the layout: {first_line(error)}")
-    longest, pad, eos = max(map(len, prompts)), tokenizer.pad_token_id, tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])  # [batch, longest]
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     length = SMOKE_TOKENS if context.smoke else MAX_TOKENS
 
     def arm(make: Callable[[], Any] | None) -> Callable[[], Result]:
@@ -174,14 +195,21 @@ def hf_arms(
                 count += 1
 
             hook = bench.model.register_forward_pre_hook(counted)
-            more = {"eos_token_id": eos, "logits_processor": [make()]} if make is not None else {"eos_token_id": None}
+            rows = []
             try:
-                output = bench.model.generate(
-                    ids, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=pad, **more
-                )
+                for prompts in calls:
+                    more: dict[str, Any] = {"eos_token_id": None}
+                    if make is not None:
+                        more = {"eos_token_id": eos, "logits_processor": [make()]}
+                    longest = max(map(len, prompts))
+                    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])  # [batch, longest]
+                    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+                    output = bench.model.generate(
+                        ids, attention_mask=mask, max_new_tokens=length, do_sample=False, pad_token_id=pad, **more
+                    )
+                    rows += output[:, longest:].tolist()
             finally:
                 hook.remove()
-            rows = output[:, longest:].tolist()
             return Result([r[: r.index(eos) + 1] if make is not None and eos in r else r for r in rows], count)
 
         return generate
