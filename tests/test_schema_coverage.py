@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("llguidance")
-
-from benchmarks.schema_coverage import ENGINES, Bench, cases, row
+ROOT = Path(__file__).parent.parent
 
 TREE = {"type": "object", "properties": {"kids": {"items": {"$ref": "#"}}}, "additionalProperties": False}
 CASES = {
@@ -19,7 +19,10 @@ CASES = {
 }
 
 
-def test_engines_on_small_schemas(tmp_path):
+def test_engines_on_small_schemas(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.schema_coverage import ENGINES, Bench, cases, row
+
     for name, (schema, tests) in CASES.items():
         marked = [{"data": data, "valid": valid} for data, valid in tests]
         (tmp_path / f"{name}.json").write_text(json.dumps({"schema": schema, "tests": marked}))

@@ -1,15 +1,21 @@
 """The form of JSON Schemas: which keywords say something of values, in one spelling whatever the draft, checked in shape.
 
-Everything else (title, default, examples, $comment, contentEncoding, x-...) is an annotation and says nothing of values.
+Everything else (title, default, examples, $comment, contentEncoding, x-...) is an annotation and says nothing of values; one that
+looks like a keyword misspelt is said to be in the log.
 """
 
 from __future__ import annotations
 
+import difflib
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from hf_accel.structured.syntax import StructureError
+
+_log = logging.getLogger(__name__)
 
 Schema = dict[str, Any] | bool
 
@@ -99,6 +105,7 @@ _SHAPES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
 ]
 _CHECKS = {keyword: (words, check) for words, check, keywords in _SHAPES for keyword in keywords}
 _IN_PLACE = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies")
+_ANNOTATIONS = {"definitions", "additionalItems", "dependencies", "id", "$defs", "$id", "examples", "example", "title"}
 _INTERNAL = (NARROW_NOT, NOT_PATTERN, NOT_VALUES, NOT_MULTIPLE, SOME_PROPERTY, SOME_ITEM)
 
 
@@ -117,6 +124,8 @@ def normal(schema: Any) -> Schema:
         if keyword in schema and not (keyword == "nullable" and schema[keyword] is False):
             raise StructureError(f"the JSON Schema keyword {keyword!r} is not supported: {remedy}")
     kept = {k: v for k, v in schema.items() if k in _CHECKS or k in _INTERNAL}
+    for word in schema.keys() - kept.keys():
+        _say_misspelt(word)
     _rename(schema, kept)
     for keyword, value in kept.items():
         if keyword in _INTERNAL:
@@ -125,6 +134,16 @@ def normal(schema: Any) -> Schema:
         if not check(value):
             raise StructureError(f"{keyword} must be {words}, got {value!r}")
     return kept
+
+
+@functools.lru_cache(maxsize=4096)
+def _say_misspelt(word: str) -> None:
+    """One log line for an unknown keyword that is nearly a known one."""
+    near = [] if word in _ANNOTATIONS else difflib.get_close_matches(word, _CHECKS, 1, 0.85)
+    if near:
+        _log.warning(
+            "structured output: %r is no keyword of JSON Schema, and says nothing: was %r meant?", word, near[0]
+        )
 
 
 def _without_unevaluated(schema: dict[str, Any]) -> dict[str, Any]:

@@ -224,3 +224,11 @@ def test_formats_that_nobody_defines_are_annotations_and_said_to_be(caplog):
 def test_where_readings_of_a_pattern_differ(pattern, text, narrow, wide):
     assert compile_node(parse_search(pattern)).accepts(text.encode()) == narrow
     assert compile_node(parse_search(pattern, wide=True)).accepts(text.encode()) == wide
+
+
+def test_a_keyword_that_looks_misspelt_is_said_to_be(caplog):
+    compile_json_schema(
+        {"type": "string", "minLenght": 3, "x-note": 1, "title": "T", "description": "d", "format_": "x"}
+    )
+    said = {tuple(r.getMessage().split("'")[1::2]) for r in caplog.records}
+    assert said == {("minLenght", "minLength"), ("format_", "format")}
