@@ -147,16 +147,14 @@ class ConstrainedRows:
         `in_place` says that it may be `scores` itself."""
         close = None if self._closing is None else self._closing.apply
         for number, (table, states, _) in enumerate(self._parts):
-            last = close if number == len(self._parts) - 1 else None
             if may_be_lost:
-                scores = mask_and_keep_alive(table, scores, states, last)
-                continue
-            if in_place or number:
+                scores = mask_and_keep_alive(table, scores, states, close)
+            elif in_place or number:
                 table.apply(scores, states)
             else:
                 scores = table.masked(scores, states)
-            if last is not None:
-                last(scores)
+        if close is not None and not may_be_lost:
+            close(scores)
         return scores
 
     def advance(self, token_ids: Tensor) -> None:

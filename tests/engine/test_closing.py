@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 import hf_accel
 from hf_accel import Engine, SamplingParams
 from hf_accel.config import FaultInjection
+from hf_accel.engine import constraints
 from hf_accel.structured.logits_processor import RegexLogitsProcessor
 from hf_accel.structured.syntax import StructureError
 from hf_accel_kernels.cpu import library
@@ -108,6 +109,13 @@ def test_outputs_are_complete_however_the_engine_runs(model, tokenizer, expected
     assert run(engine, order=[6, 2, 0, 5, 1, 4, 3]) == expected[1]
     assert run(engine, jump_forward=False) == expected[1]
     assert run(engine, order=[4])[0] == expected[1][4]
+
+
+def test_rows_of_several_tables_close_too(model, tokenizer, expected, monkeypatch):
+    state, answers = expected
+    model.load_state_dict(state)
+    monkeypatch.setattr(constraints, "ARENA_BYTES", 0)  # each automaton in a table of its own
+    assert run(Engine(model, tokenizer, **CONFIG)) == answers
 
 
 def test_answers_equal_those_of_our_processor_in_plain_generate(model, tokenizer):
