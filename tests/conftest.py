@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,17 @@ if not torch.cuda.is_available():
 from .tiny import make_tiny_llama
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays to the end: the collector need not walk it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """The interpreter takes everything apart as usual."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
