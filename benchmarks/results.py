@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,17 @@ def make_rows(
             row[f"cpu_speedup_{baseline}"] = _short(speedup(record, records.get(baseline), "cpu"))
         rows.append(row)
     return rows
+
+
+def aligned(columns: Sequence[str], lines: Sequence[Sequence[str]], texts: Collection[str]) -> str:
+    """Aligned columns for a terminal, `texts` to the left; columns that no line fills are left out."""
+    kept = [i for i in range(len(columns)) if any(line[i] for line in lines)]
+    lines = [columns, *lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(line[i].ljust(widths[i]) if columns[i] in texts else line[i].rjust(widths[i]) for i in kept).rstrip()
+        for line in lines
+    )
 
 
 def stamp(command: str, threads: int, device: str) -> dict[str, Any]:

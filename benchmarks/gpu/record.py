@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results
+
 STAMP_COLUMNS = (
     "card", "driver", "cuda", "torch", "triton", "transformers", "flashinfer", "hf_accel", "python", "git_sha", "cpu",
     "date", "command",
@@ -140,14 +142,7 @@ _SHOWN = (
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Aligned columns for a terminal; columns that no row fills are left out."""
     lines = [[str(_short(r.get(c))) for c in _SHOWN] for r in rows]
-    kept = [i for i in range(len(_SHOWN)) if any(line[i] for line in lines)]
-    lines.insert(0, list(_SHOWN))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_SHOWN))]
-    texts = ("case", "form", "metric", "mode", "status", "note")
-    return "\n".join(
-        "  ".join(line[i].ljust(widths[i]) if _SHOWN[i] in texts else line[i].rjust(widths[i]) for i in kept).rstrip()
-        for line in lines
-    )
+    return results.aligned(_SHOWN, lines, texts=("case", "form", "metric", "mode", "status", "note"))
 
 
 def _short(value: Any) -> Any:

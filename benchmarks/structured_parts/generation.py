@@ -44,11 +44,7 @@ def run(context: Context) -> None:
     """Measure and emit rows."""
     import hf_accel
 
-    for size in context.sizes:
-        if size not in MODELS:
-            print(f"   no model with a vocabulary of {size}: left out (there are {sorted(MODELS)})")
-            continue
-        bench, tokenizer = load(size, context)
+    for size, bench, tokenizer in models_of(context):
         engine = hf_accel.Engine(bench.model, tokenizer)
         try:
             for batch in [1, 4] if context.smoke else BATCHES:
@@ -57,12 +53,16 @@ def run(context: Context) -> None:
             engine.shutdown()
 
 
-def load(size: int, context: Context) -> tuple[models.BenchmarkModel, Any]:
-    """(model, tokenizer) that fit each other."""
-    bench, tokenizer = models.load(MODELS[size], torch.float32), context.tokenizer(size)
-    bench.model.generation_config.eos_token_id = tokenizer.eos_token_id
-    bench.model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return bench, tokenizer
+def models_of(context: Context) -> Iterator[tuple[int, models.BenchmarkModel, Any]]:
+    """(size, model, tokenizer) that fit each other, of the sizes for which there is a model."""
+    for size in context.sizes:
+        if size not in MODELS:
+            print(f"   no model with a vocabulary of {size}: left out (there are {sorted(MODELS)})")
+            continue
+        bench, tokenizer = models.load(MODELS[size], torch.float32), context.tokenizer(size)
+        bench.model.generation_config.eos_token_id = tokenizer.eos_token_id
+        bench.model.generation_config.pad_token_id = tokenizer.pad_token_id
+        yield size, bench, tokenizer
 
 
 def measure(context: Context, engine: Any, bench: models.BenchmarkModel, size: int, batch: int) -> list[dict[str, Any]]:

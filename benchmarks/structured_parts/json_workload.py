@@ -18,7 +18,7 @@ from benchmarks import models
 from benchmarks.structured_parts.cases import HOUSES, NAMES, Case
 from benchmarks.structured_parts.compiling import first_line
 from benchmarks.structured_parts.context import Context
-from benchmarks.structured_parts.generation import MODELS, load
+from benchmarks.structured_parts.generation import models_of
 from benchmarks.structured_parts.processors import processors
 from benchmarks.structured_parts.record import Rounds, row, timed, timing_rows
 
@@ -67,11 +67,7 @@ def run(context: Context) -> None:
     """Measure and emit rows."""
     import hf_accel
 
-    for size in context.sizes:
-        if size not in MODELS:
-            print(f"   no model with a vocabulary of {size}: left out (there are {sorted(MODELS)})")
-            continue
-        bench, tokenizer = load(size, context)
+    for size, bench, tokenizer in models_of(context):
         fresh = FreshEngine(functools.partial(hf_accel.Engine, bench.model, tokenizer))
         try:
             for batch in [2] if context.smoke else [1, len(FULL_NAMES)]:

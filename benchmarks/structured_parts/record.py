@@ -111,14 +111,7 @@ def save(path: Path, rows: Sequence[dict[str, Any]], stamped: dict[str, Any]) ->
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Aligned columns for a terminal; columns that no row fills are left out."""
     lines = [[str(_short(r.get(c))) for c in _SHOWN] for r in rows]
-    kept = [i for i in range(len(_SHOWN)) if any(line[i] for line in lines)]
-    lines.insert(0, list(_SHOWN))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_SHOWN))]
-    texts = ("case", "side", "metric", "ratio_to", "note")
-    return "\n".join(
-        "  ".join(line[i].ljust(widths[i]) if _SHOWN[i] in texts else line[i].rjust(widths[i]) for i in kept).rstrip()
-        for line in lines
-    )
+    return results.aligned(_SHOWN, lines, texts=("case", "side", "metric", "ratio_to", "note"))
 
 
 def _short(value: Any) -> Any:

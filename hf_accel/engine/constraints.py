@@ -251,6 +251,15 @@ class EngineConstraints:
         return RowConstraint(predictor, arena.table, num_prompt_tokens, budget)
 
 
+def constraint_fields(constraint: RowConstraint | DynamicConstraint | None, *, may_jump: bool) -> dict[str, Any]:
+    """The fields of `Request` that follow from a row's constraint."""
+    return {
+        "constraint": constraint,
+        "host_constraint": isinstance(constraint, DynamicConstraint),
+        "drafter": constraint if may_jump and isinstance(constraint, RowConstraint) else None,
+    }
+
+
 def constraint_of(params: SamplingParams) -> Constraint | None:
     """What `params` ask of the output. Raises StructureError for what is no constraint."""
     return constraint_from({name: getattr(params, name) for name in CONSTRAINTS})

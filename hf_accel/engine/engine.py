@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from hf_accel.config import EngineConfig
 from hf_accel.engine import scoring
 from hf_accel.engine.async_stream import iterate_in_thread
-from hf_accel.engine.constraints import EngineConstraints, RowConstraint
+from hf_accel.engine.constraints import EngineConstraints, RowConstraint, constraint_fields
 from hf_accel.engine.dynamic_rows import DynamicConstraint
 from hf_accel.engine.executor import StepResult
 from hf_accel.engine.group import OutputGroup, make_output
@@ -142,9 +142,7 @@ class Engine(EngineHost):
             priority=priority,
             external_sampling=params.max_tokens == 0,
             logits_from=0 if params.prompt_logprobs is not None and index == 0 else None,
-            constraint=constraint,
-            host_constraint=isinstance(constraint, DynamicConstraint),
-            drafter=constraint if params.may_jump and isinstance(constraint, RowConstraint) else None,
+            **constraint_fields(constraint, may_jump=params.may_jump),
         )
 
     def _max_total(self, token_ids: list[int], params: SamplingParams) -> int:

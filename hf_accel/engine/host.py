@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_accel.config import EngineConfig
-from hf_accel.engine.constraints import RowConstraint
+from hf_accel.engine.constraints import RowConstraint, constraint_fields
 from hf_accel.engine.core import EngineCore
 from hf_accel.engine.dynamic_rows import DynamicConstraint
 from hf_accel.engine.executor import Executor, StepResult
@@ -120,9 +120,7 @@ class EngineHost:
                 eos_token_ids=eos,
                 external_sampling=external,
                 logits_from=logits_from,
-                constraint=constraint,
-                host_constraint=isinstance(constraint, DynamicConstraint),
-                drafter=constraint if isinstance(constraint, RowConstraint) and not external else None,
+                **constraint_fields(constraint, may_jump=not external),
             )
         )
 

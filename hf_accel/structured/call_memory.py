@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from hf_accel.structured.dynamic_rows import DynamicRows
-from hf_accel.structured.mask_table import DONE, MaskTable
 from hf_accel.structured.row_memory import RowMemory, row_hashes
-from hf_accel.structured.token_fsm import TokenFsm
 
 
 class CallHistory:
@@ -43,13 +39,3 @@ class UnfinishedRows:
 
 def _hashes(ids: Tensor) -> Tensor:
     return row_hashes(ids.long(), torch.zeros(len(ids), dtype=torch.long, device=ids.device))
-
-
-def state_after(table: MaskTable, fsm: TokenFsm, token_ids: Sequence[int]) -> int:
-    """The state of a row whose output begins with these tokens; one that is not allowed ends it."""
-    state, count = fsm.start, 0
-    for token_id in token_ids:
-        if state <= DONE or not fsm.allows(state, token_id, count):
-            return DONE
-        state, count = fsm.advance(state, token_id, count)
-    return table.global_state(fsm, state, count)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_accel.structured.dynamic import DynamicGrammar, Matcher
+from hf_accel.structured.mask_table import keep_alive
 from hf_accel_kernels.token_bitmask import masked
 
 _HISTORY = 64  # steps whose rows are remembered
@@ -36,12 +37,12 @@ class HostMasks:
 
     def masked(self, scores: Tensor, *, may_be_lost: bool) -> Tensor:
         """A copy of scores [num_rows, vocab_size]; a row that edits had left none of its allowed tokens gets them all alike."""
-        found = masked(scores, self._masks, self._rows)
         if may_be_lost:
-            lost = (found.amax(dim=-1, keepdim=True) == -torch.inf) & (self._rows >= 0)[:, None]
-            if scores.device.type == "cuda" or bool(lost.any()):
-                found = torch.where(lost, masked(torch.zeros_like(scores), self._masks, self._rows), found)
-        return found
+            return keep_alive(self._allowed, scores, self._rows >= 0)
+        return self._allowed(scores)
+
+    def _allowed(self, scores: Tensor) -> Tensor:
+        return masked(scores, self._masks, self._rows)
 
 
 class DynamicRows:

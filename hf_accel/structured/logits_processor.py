@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_accel.structured.call_memory import CallHistory, UnfinishedRows, state_after
+from hf_accel.structured.call_memory import CallHistory, UnfinishedRows
 from hf_accel.structured.closing import Closing, check_budget
 from hf_accel.structured.compiler import Compiled, compiler_for
 from hf_accel.structured.constraint import WHITESPACE, Constraint
 from hf_accel.structured.dynamic import DynamicGrammar
+from hf_accel.structured.jump_forward import GrammarMatcher
 from hf_accel.structured.mask_table import DONE, FREE, MaskTable, mask_and_keep_alive
 from hf_accel.structured.row_memory import row_hashes
 from hf_accel.structured.syntax import StructureError
@@ -145,7 +146,7 @@ class ConstraintLogitsProcessor:
         table, before, self._unfinished = self._table(rows.sequences.device), rows.sequences[:, :-1], None
         outputs = before[:, rows.num_prompt_tokens :].tolist()
         states = [
-            state_after(table, fsm, output) if isinstance(fsm, TokenFsm) else FREE
+            table.global_state(fsm, *GrammarMatcher(fsm).follow(output, 0)) if isinstance(fsm, TokenFsm) else FREE
             for fsm, output in zip(self.compiled(len(outputs)), outputs, strict=True)
         ]
         history, dynamic = self._history(), self._dynamic_rows(len(outputs))

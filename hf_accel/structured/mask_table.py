@@ -123,8 +123,14 @@ def mask_and_keep_alive(
             close(masked)
         return masked
 
+    return keep_alive(allowed, scores, states >= 0)
+
+
+def keep_alive(allowed: Callable[[Tensor], Tensor], scores: Tensor, constrained: Tensor) -> Tensor:
+    """`allowed(scores)`, a copy with what is not allowed at -inf; a constrained row [num_rows] bool of which nothing is left gets
+    all that is allowed alike."""
     masked = allowed(scores)
-    lost = (masked.amax(dim=-1, keepdim=True) == -torch.inf) & (states >= 0)[:, None]
+    lost = (masked.amax(dim=-1, keepdim=True) == -torch.inf) & constrained[:, None]
     if scores.device.type == "cuda" or bool(lost.any()):
         masked = torch.where(lost, allowed(torch.zeros_like(scores)), masked)
     return masked

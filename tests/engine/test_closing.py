@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-import hf_accel
 from hf_accel import Engine, SamplingParams
 from hf_accel.config import FaultInjection
 from hf_accel.engine import constraints
 from hf_accel.structured.logits_processor import RegexLogitsProcessor
 from hf_accel.structured.syntax import StructureError
-from hf_accel_kernels.cpu import library
 
 from ..tiny import make_tiny_llama
 
@@ -29,24 +25,6 @@ SCHEMA = {
 }
 CONFIG = {"page_size": 4, "num_pages": 200, "max_num_seqs": 16}
 CLOSES = {"close_within_budget": True}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(Path(hf_accel.__file__).parent / "demo_model")
-
-
-@pytest.fixture
-def model(tokenizer):
-    model = make_tiny_llama(vocab_size=len(tokenizer) + 7)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    library.load()  # from the cache that all tests share
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 @pytest.fixture(scope="module")

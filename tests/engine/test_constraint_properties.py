@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_accel import Engine, SamplingParams
@@ -28,19 +28,14 @@ from hf_accel.structured.regex import parse_regex
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import compile_fsm
 from hf_accel.structured.vocabulary import Vocabulary
-from hf_accel_kernels.cpu import library
 
-from ..structured.pattern_samples import byte_level_tokenizer, random_pattern
+from ..structured.pattern_samples import byte_level_tokenizer, quiet, random_pattern
 from ..structured.samples import schemas
 from ..tiny import make_tiny_llama
 
 CONFIG = {"page_size": 4, "num_pages": 1500, "max_num_seqs": 64}
 PATTERN = r"(ab|[0-9é]{1,2}-){2,5}漢?\."
 SEEDS = st.integers(0, 1 << 40)
-
-
-def quiet(examples: int) -> settings:
-    return settings(deadline=None, max_examples=examples, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +46,6 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer) -> Vocabulary:
     return Vocabulary.of(tokenizer, len(tokenizer) + 7, [0, 2])
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    library.load()  # from the cache that all tests share
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 @pytest.fixture(scope="module")

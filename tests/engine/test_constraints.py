@@ -6,21 +6,15 @@ import gc
 import json
 import re
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-import hf_accel
 from hf_accel import Engine, SamplingParams
 from hf_accel.config import FaultInjection
 from hf_accel.engine import constraints
-from hf_accel.structured import compiler
 from hf_accel.structured.logits_processor import RegexLogitsProcessor
 from hf_accel.structured.syntax import StructureError
-
-from ..tiny import make_tiny_llama
 
 PATTERN = r"[A-Z][a-zé]{2,5}( [0-9]{1,3})?\."
 SCHEMA = {
@@ -30,23 +24,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 CONFIG = {"page_size": 4, "num_pages": 200, "max_num_seqs": 16}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(Path(hf_accel.__file__).parent / "demo_model")
-
-
-@pytest.fixture
-def model(tokenizer):
-    model = make_tiny_llama(vocab_size=len(tokenizer) + 7)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "constraints")
 
 
 def params(**options) -> list[SamplingParams]:

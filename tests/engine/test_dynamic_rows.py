@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-import hf_accel
 from hf_accel import Engine, GrammarLogitsProcessor, SamplingParams
 from hf_accel.config import FaultInjection
 from hf_accel.structured.syntax import StructureError
-from hf_accel_kernels.cpu import library
 
 from ..structured.grammars import ARITHMETIC, ARITHMETIC_GBNF, TREE, scan_arithmetic
 from ..tiny import make_tiny_llama
@@ -25,22 +21,11 @@ CONFIG = {"page_size": 4, "num_pages": 200, "max_num_seqs": 16}
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(Path(hf_accel.__file__).parent / "demo_model")
-
-
-@pytest.fixture(scope="module")
 def model(tokenizer):
     torch.manual_seed(0)
     model = make_tiny_llama(vocab_size=len(tokenizer) + 7)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    library.load()  # from where it is kept
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 WANTED = [

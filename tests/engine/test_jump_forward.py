@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-import hf_accel
 from hf_accel import Engine, SamplingParams
 from hf_accel.config import FaultInjection
 
@@ -28,11 +24,6 @@ SCHEMA = {
 PATTERN = r"(The answer is [0-9]{1,3}, and that is final\. ){2,3}"
 CONFIG = {"page_size": 4, "num_pages": 300, "max_num_seqs": 12}
 FAULTS = FaultInjection(retract_every=3, check_integrity=True)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(Path(hf_accel.__file__).parent / "demo_model")
 
 
 @pytest.fixture

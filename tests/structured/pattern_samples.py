@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +19,11 @@ ESCAPES = [r"\x61", r"\u6f22", r"\U0001f600", r"\101", r"\.", r"\n", r"\-"]
 BOUNDED = ["?", "??", "{2}", "{0,2}", "{1,3}?", "{,2}", "{3}"]
 OPEN = ["*", "+", "*?", "+?", "{2,}", "{1,}?"]
 GROUPS = ["(?:{})", "({})", "(?s:{})", "(?-s:{})", "(?P<g{}>{})", "(?a:{})"]
+
+
+def quiet(examples: int) -> settings:
+    """So many examples, however long each takes."""
+    return settings(deadline=None, max_examples=examples, suppress_health_check=list(HealthCheck))
 
 
 def random_pattern(rng: random.Random, depth: int = 3) -> str:

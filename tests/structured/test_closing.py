@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import hf_accel
 from hf_accel.structured.automaton import compile_node
@@ -23,9 +21,6 @@ from hf_accel.structured.regex import parse_regex
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import TokenFsm, compile_fsm
 from hf_accel.structured.vocabulary import Vocabulary
-from hf_accel_kernels.cpu import library
-
-from ..tiny import make_tiny_llama
 
 EOS = (300, 302)
 WORDS = ["ab", "abc", "aaaa", "12.5", '", "', '":"', '"}', 'a":"', '["', '"]', '{"', '""', "é", "aaaaaaaa", '."', "aaa"]
@@ -44,12 +39,6 @@ def vocabulary() -> Vocabulary:
     parts = ["漢".encode()[:2], "漢".encode()[1:], b"a\xc3"]
     tokens = [*(bytes([b]) for b in range(256)), *(w.encode() for w in WORDS), *parts]
     return Vocabulary((*tokens, *[None] * (320 - len(tokens))), EOS)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    library.load()  # from the cache that all tests share
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def moves(fsm: TokenFsm, state: int, count: int) -> dict[int, tuple[int, int]]:
@@ -180,18 +169,6 @@ SCHEMA = {
     "required": ["n", "s"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(Path(hf_accel.__file__).parent / "demo_model")
-
-
-@pytest.fixture
-def model(tokenizer):
-    model = make_tiny_llama(vocab_size=len(tokenizer) + 7)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, 0
-    return model
 
 
 def texts(tokenizer, outputs: torch.Tensor, prompt_length: int) -> list[str]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import hf_accel
 from hf_accel import GrammarLogitsProcessor, JSONSchemaLogitsProcessor
@@ -16,33 +14,15 @@ from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.logits_processor import ConstraintLogitsProcessor
 from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.vocabulary import Vocabulary
-from hf_accel_kernels.cpu import library
 
-from ..tiny import make_tiny_llama
 from .grammars import ARITHMETIC, TREE, allowed, compiled, scan_arithmetic
 
 pytest.importorskip("llguidance")
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(Path(hf_accel.__file__).parent / "demo_model")
-
-
-@pytest.fixture(scope="module")
 def arithmetic(tokenizer):
     return GrammarLogitsProcessor(ARITHMETIC, tokenizer)
-
-
-@pytest.fixture
-def model(tokenizer):
-    return make_tiny_llama(vocab_size=len(tokenizer) + 7)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    library.load()  # from where it is kept
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def run(model, tokenizer, processor, prompts=2, ids=None, padded=0, **options) -> list[str | None]:

@@ -22,7 +22,6 @@ from hf_accel.structured.logits_processor import (
 from hf_accel.structured.nfa import DEAD
 from hf_accel.structured.regex import parse_regex
 from hf_accel.structured.vocabulary import Vocabulary
-from hf_accel_kernels.cpu import library
 
 from ..tiny import make_tiny_llama
 from .pattern_samples import byte_level_tokenizer, sentencepiece_tokenizer
@@ -44,12 +43,6 @@ def make(tokenizer, **overrides):
     model = make_tiny_llama(vocab_size=len(tokenizer) + 7, **overrides)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, 1
     return model
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    library.load()  # from the cache that all tests share
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def run(model, tokenizer, processor, ids=None, **options) -> list[bytes]:

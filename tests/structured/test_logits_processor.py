@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import hf_accel
-from hf_accel.structured import compiler, row_memory
+from hf_accel.structured import row_memory
 from hf_accel.structured.constraint import Constraint
 from hf_accel.structured.logits_processor import (
     ChoiceLogitsProcessor,
@@ -22,8 +20,6 @@ from hf_accel.structured.logits_processor import (
 )
 from hf_accel.structured.syntax import StructureError
 
-from ..tiny import make_tiny_llama
-
 PATTERN = r"[A-Z][a-zé]{2,5}( [0-9]{1,3})?\."
 SCHEMA = {
     "type": "object",
@@ -31,22 +27,6 @@ SCHEMA = {
     "required": ["n", "s"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(Path(hf_accel.__file__).parent / "demo_model")
-
-
-@pytest.fixture
-def model(tokenizer):
-    """Random weights over the whole vocabulary, its width padded."""
-    return make_tiny_llama(vocab_size=len(tokenizer) + 7)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path_factory.getbasetemp() / "constraints")
 
 
 def texts(tokenizer, outputs, prompt_length) -> list[str | None]:

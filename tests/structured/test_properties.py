@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import regex
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_accel.structured.automaton import ByteDfa, compile_node
@@ -26,15 +26,11 @@ from hf_accel.structured.syntax import StructureError
 from hf_accel.structured.token_fsm import TokenFsm, compile_fsm
 from hf_accel.structured.vocabulary import Vocabulary
 
-from .pattern_samples import byte_level_tokenizer, random_pattern, random_vocabulary, sentencepiece_tokenizer
+from .pattern_samples import byte_level_tokenizer, quiet, random_pattern, random_vocabulary, sentencepiece_tokenizer
 from .samples import random_text
 
 SEEDS = st.integers(0, 1 << 40)
 CPU = torch.device("cpu")
-
-
-def quiet(examples: int) -> settings:
-    return settings(deadline=None, max_examples=examples, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
